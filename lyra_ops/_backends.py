@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: chosen by the tensor's device, or asked for by name, and never swapped in silence.
+"""Which implementation of an op runs: chosen by the device, or asked for by name, and never swapped in silence.
 
 An op declares its implementations once, at import, and the object registers itself here:
 
