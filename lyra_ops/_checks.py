@@ -39,6 +39,11 @@ def check_tensor(
     return value
 
 
+def readable(tensor: Tensor) -> bool:
+    """Whether reading values of ``tensor`` costs nothing: on the CPU, outside of compilation."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def check_option(name: str, value: object, options: Sequence[object]) -> None:
     """Raises ValueError unless ``value`` is one of ``options``."""
     if value not in options:
@@ -51,11 +56,13 @@ def check_lengths(name: str, lengths: object, batch: int, size: int, device: tor
     Values are range-checked only where reading them costs no device sync, i.e. on the CPU.
     """
     if lengths is None:
+        if batch and size < least:
+            raise ValueError(f"{name}: sample 0 has length {size}, expected at least {least}")
         return torch.full((batch,), size, dtype=torch.int64, device=device)
     if not isinstance(lengths, Tensor):
         lengths = torch.as_tensor(lengths)
     check_tensor(name, lengths, shape=(batch,), dtypes=INT_DTYPES)
-    if lengths.device.type == "cpu" and batch and not torch.compiler.is_compiling():
+    if readable(lengths):
         bad = (lengths < least) | (lengths > size)
         if bool(bad.any()):
             b = int(bad.nonzero()[0])

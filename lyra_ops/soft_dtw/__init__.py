@@ -1,0 +1,208 @@
+"""Soft dynamic time warping of padded batches, differentiable.
+
+Cuturi & Blondel, "Soft-DTW: a Differentiable Loss Function for Time-Series", ICML 2017. With D the cost of a pair,
+
+    R_ij = D_ij + softmin_gamma(R_{i-1,j-1}, R_{i-1,j}, R_{i,j-1}),    R_{0,0} = 0,  R_{i,0} = R_{0,j} = inf,
+    softmin_gamma(a, b, ..) = -gamma log(exp(-a/gamma) + exp(-b/gamma) + ..),    value = R_{n,m}
+
+for the pair's own lengths n <= N, m <= M. gamma has the unit of the cost; gamma = 0 is hard DTW (softmin = min; of
+equal paths the one that, seen from the end, prefers diagonal, then row, then column steps). The value can be negative.
+
+With ``drop_cost`` a row may be left out of the alignment at a price (soft Drop-DTW, after Dvornik et al., "Drop-DTW",
+NeurIPS 2021): M_ij = D_ij + softmin(A_{i-1,j-1}, A_{i-1,j}, M_{i,j-1}), A_ij = softmin(M_ij, A_{i-1,j} + drop_i),
+A_{i,0} = drop_1 + .. + drop_i, A_{0,j} = M_{i,0} = inf, value = A_{n,m}. A price of inf is plain soft-DTW.
+
+Common to all functions here:
+
+* ``x_lengths``, ``y_lengths``: int (B,), from 1 to N and M; None: nothing is padded. Padding may hold anything, also
+  NaN. Lengths on a GPU are not read back: a bad one gives NaN for its sample alone.
+* ``gamma``: float >= 0, or a tensor () or (B,) of positive values, which may require grad.
+* ``band``: None; or an int w >= 0, which keeps the cells (i, j from 0) around the pair's diagonal with
+  |j - i s| <= max(w, s/2 + 1/2), s = (m-1)/(n-1); or a pair (low, high) of int (B, N), the first and last column that
+  each row may match.
+* ``drop_cost``: None, a float, or a float tensor () or (B, N), which may require grad.
+* ``backend``: None chooses; by name: "cuda", "cpu", "reference". The compiled ones serve a gamma that is a float > 0,
+  no or an int band, no drop_cost, and first derivatives; "reference" serves the rest. `lyra_ops.backend_of` tells.
+* A pair without any path (a band with a gap, infinite costs) has value +inf and gradient zero. NaN or -inf in a cell of
+  the pair makes its value and gradient NaN, and no other's.
+* 16-bit inputs are computed, and results returned, in float32; float64 in float64.
+* ValueError or TypeError names the argument that has a wrong shape, dtype, device or value.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lyra_ops._backend import choose
+from lyra_ops._checks import FLOAT_DTYPES, INT_DTYPES, check_lengths, check_option, check_tensor
+from lyra_ops.soft_dtw import reference
+
+COSTS = ("sqeuclidean", "l1", "cosine", "contrastive")
+
+
+def soft_dtw(
+    x: Tensor,
+    y: Tensor,
+    x_lengths: Tensor | None = None,
+    y_lengths: Tensor | None = None,
+    *,
+    cost: str = "sqeuclidean",
+    temperature: float = 1.0,
+    gamma: float | Tensor = 1.0,
+    band: reference.Band = None,
+    drop_cost: float | Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Soft-DTW of the token sequences x (B, N, D) and y (B, M, D): (B,). Arguments as in the package's docstring.
+
+    cost D_ij between x_i and y_j:
+
+    * "sqeuclidean": |x_i - y_j|^2,
+    * "l1": sum_d |x_id - y_jd|,
+    * "cosine": 1 - x_i . y_j / (|x_i| |y_j|),
+    * "contrastive": -log softmax_j(x_i . y_j / temperature), the softmax running over the pair's own m tokens of y, in
+      or out of the band (Lyra's regularizer: speech tokens x, transcript tokens y, temperature 0.06, gamma 0.1,
+      value / n; Zhong et al., "Lyra: An Efficient and Speech-Centric Framework for Omni-Cognition", 2024).
+
+    ``temperature`` > 0 belongs to "contrastive" alone.
+    """
+    check_tensor("x", x, shape=("B", "N", "D"), dtypes=FLOAT_DTYPES)
+    check_tensor("y", y, shape=(x.shape[0], "M", x.shape[2]), dtypes=FLOAT_DTYPES, device=x.device)
+    check_option("cost", cost, COSTS)
+    if temperature <= 0 or (cost != "contrastive" and temperature != 1.0):
+        raise ValueError(
+            f"temperature: got {temperature} with cost={cost!r}, expected > 0, and 1.0 if not 'contrastive'"
+        )
+    shape = (x.shape[0], x.shape[1], y.shape[1])
+    x_lengths, y_lengths, gamma, band, drop_cost = _check(
+        shape, x.device, x_lengths, y_lengths, gamma, band, drop_cost, names=("x", "y")
+    )
+    backend = _choose("soft_dtw", x.device, gamma, band, drop_cost, backend)
+    pairs = reference.pair_cost(x, y, x_lengths, y_lengths, cost, temperature)
+    return _run(backend, pairs, x_lengths, y_lengths, gamma, band, drop_cost)
+
+
+def soft_dtw_from_cost(
+    cost: Tensor,
+    x_lengths: Tensor | None = None,
+    y_lengths: Tensor | None = None,
+    *,
+    gamma: float | Tensor = 1.0,
+    band: reference.Band = None,
+    drop_cost: float | Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Soft-DTW of a cost (B, N, M): (B,). Arguments as in the package's docstring."""
+    cost = _check_cost(cost)
+    arguments = _check(cost.shape, cost.device, x_lengths, y_lengths, gamma, band, drop_cost)
+    backend = _choose("soft_dtw_from_cost", cost.device, *arguments[2:], backend)
+    return _run(backend, cost, *arguments)
+
+
+def soft_dtw_alignment(
+    cost: Tensor,
+    x_lengths: Tensor | None = None,
+    y_lengths: Tensor | None = None,
+    *,
+    gamma: float | Tensor = 1.0,
+    band: reference.Band = None,
+    drop_cost: float | Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Expected alignment E = d soft_dtw / d cost, (B, N, M): how likely each cell is on the path, zero on padding.
+
+    Arguments as in the package's docstring. Paths are distributed as exp(-cost of path / gamma); with ``drop_cost`` a
+    row's sum is the expected number of its matches. E itself is differentiable where grad mode is on and an argument
+    requires grad, which "reference" serves; under torch.no_grad() or with cost.detach() the compiled backends do.
+    """
+    cost = _check_cost(cost)
+    arguments = _check(cost.shape, cost.device, x_lengths, y_lengths, gamma, band, drop_cost)
+    sources = (cost, *(a for a in arguments if isinstance(a, Tensor)))
+    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in sources)
+    backend = _choose("soft_dtw_alignment", cost.device, *arguments[2:], backend, twice=differentiable)
+    return reference.alignment(cost, *arguments, differentiable=differentiable)
+
+
+def dtw_path(
+    cost: Tensor,
+    x_lengths: Tensor | None = None,
+    y_lengths: Tensor | None = None,
+    *,
+    band: reference.Band = None,
+    drop_cost: float | Tensor | None = None,
+    backend: str | None = None,
+) -> list[Tensor]:
+    """The best hard alignment of each pair: B tensors int64 (n_steps, 2) of matched (row, column), from start to end.
+
+    Arguments as in the package's docstring. Dropped rows do not appear; a pair without any path gives (0, 2).
+    ValueError for a pair that holds NaN. The result's sizes depend on the data, so this waits for a GPU.
+    """
+    on_path = soft_dtw_alignment(
+        cost.detach() if isinstance(cost, Tensor) else cost,
+        x_lengths,
+        y_lengths,
+        gamma=0.0,
+        band=band,
+        drop_cost=drop_cost.detach() if isinstance(drop_cost, Tensor) else drop_cost,
+        backend=backend,
+    )
+    for sample in on_path.isnan().any(dim=(1, 2)).nonzero().flatten().tolist():
+        raise ValueError(f"cost: sample {sample} holds NaN or -inf, expected numbers on all cells that may be matched")
+    # Steps never go back, so reading the cells row by row is reading the path.
+    return [cells.nonzero() for cells in on_path]
+
+
+def _check_cost(cost: object) -> Tensor:
+    cost = check_tensor("cost", cost, shape=("B", "N", "M"), dtypes=FLOAT_DTYPES)
+    return cost.to(torch.promote_types(cost.dtype, torch.float32))
+
+
+def _check(shape, device, x_lengths, y_lengths, gamma, band, drop_cost, names=("cost's rows", "cost's columns")):
+    """Returns the arguments common to all functions in the form that `reference.soft_dtw` takes."""
+    batch, rows, columns = shape
+    x_lengths = check_lengths("x_lengths" if x_lengths is not None else names[0], x_lengths, batch, rows, device)
+    y_lengths = check_lengths("y_lengths" if y_lengths is not None else names[1], y_lengths, batch, columns, device)
+
+    if isinstance(gamma, Tensor):
+        check_tensor("gamma", gamma, shape=(batch,) if gamma.dim() else (), dtypes=FLOAT_DTYPES, device=device)
+        readable = device.type == "cpu" and not torch.compiler.is_compiling()
+        if readable and not bool((gamma > 0).all()):
+            raise ValueError("gamma: got a tensor with values <= 0 or NaN, expected > 0 (hard DTW is the float 0)")
+    elif not isinstance(gamma, (int, float)):
+        raise TypeError(f"gamma: got {type(gamma).__name__}, expected a float or a tensor")
+    elif not 0 <= gamma < math.inf:
+        raise ValueError(f"gamma: got {gamma}, expected 0 <= gamma < inf")
+
+    if isinstance(band, (tuple, list)):
+        if len(band) != 2:
+            raise ValueError(f"band: got {len(band)} entries, expected the pair (low, high)")
+        for name, bound in zip(("band[0]", "band[1]"), band):
+            check_tensor(name, bound, shape=(batch, rows), dtypes=INT_DTYPES, device=device)
+        band = tuple(band)
+    elif isinstance(band, bool) or not isinstance(band, (int, type(None))):
+        raise TypeError(f"band: got {type(band).__name__}, expected None, an int or a pair of int tensors")
+    elif band is not None and band < 0:
+        raise ValueError(f"band: got {band}, expected >= 0")
+
+    if isinstance(drop_cost, Tensor):
+        want = (batch, rows) if drop_cost.dim() else ()
+        check_tensor("drop_cost", drop_cost, shape=want, dtypes=FLOAT_DTYPES, device=device)
+        drop_cost = drop_cost.expand(batch, rows)
+    elif isinstance(drop_cost, (int, float)):
+        if not drop_cost > -math.inf:
+            raise ValueError(f"drop_cost: got {drop_cost}, expected a number or inf")
+        drop_cost = torch.full((batch, rows), float(drop_cost), device=device)
+    elif drop_cost is not None:
+        raise TypeError(f"drop_cost: got {type(drop_cost).__name__}, expected None, a float or a tensor")
+    return x_lengths, y_lengths, gamma, band, drop_cost
+
+
+def _choose(op, device, gamma, band, drop_cost, backend, *, twice=False) -> str:
+    return choose(op, {"reference": None}, backend)
+
+
+def _run(backend, cost, x_lengths, y_lengths, gamma, band, drop_cost) -> Tensor:
+    return reference.soft_dtw(cost, x_lengths, y_lengths, gamma, band, drop_cost)
