@@ -1,0 +1,320 @@
+"""Drops the modality tokens that a text query does not look at: score, select, gather (the paper's LMME).
+
+    scores = token_scores(query, key, query_mask=..., key_mask=...)                 # (B, L)
+    selection = select_tokens(scores, candidates, keep=0.7, min_keep=32)            # which tokens stay
+    hidden, position_ids = gather_tokens(selection, hidden, position_ids)           # (B, K, D), (3, B, K)
+
+That is the rule of the published Lyra code. No attention map is built, so it runs beside any attention implementation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lyra_ops._backend import choose
+from lyra_ops._checks import FLOAT_DTYPES, INT_DTYPES, check_tensor, readable
+from lyra_ops.token_select import reference
+
+
+
+class TokenSelection(NamedTuple):
+    """Which tokens of a padded batch (B, L) stay, and where they go.
+
+    index    (B, K) int64: the kept tokens of each sample, increasing; -1 behind the last
+    lengths  (B,)   int64: how many each sample keeps
+    inverse  (B, L) int64: the new place of each token; -1 for the dropped and for padding
+    """
+
+    index: Tensor
+    lengths: Tensor
+    inverse: Tensor
+
+    @property
+    def mask(self) -> Tensor:
+        """(B, L) bool: the tokens that stay."""
+        return self.inverse >= 0
+
+    @property
+    def key_mask(self) -> Tensor:
+        """(B, K) bool: the real tokens after gathering; the rest is padding."""
+        return self.index >= 0
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """(B + 1,) int32: where each sample starts if the kept tokens are packed one after the other."""
+        return torch.nn.functional.pad(self.lengths.cumsum(0), (1, 0)).to(torch.int32)
+
+
+@torch.no_grad()
+def token_scores(
+    query: Tensor,
+    key: Tensor,
+    *,
+    query_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    head_weights: Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+    lse: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """How much attention each key gets from the counted query rows, averaged over heads and rows.
+
+        score_k = sum_h w_h mean_q softmax_k(scale * Q_q^h . K_k^(h // (Hq/Hkv)))
+
+    w_h = 1/Hq, or ``head_weights`` divided by their sum; so the scores of a sample sum to 1. The softmax runs over the
+    real keys that the row sees. Computed in float32 (float64 for float64 inputs) from blocks of logits; no matrix of
+    size Lq x L exists. Not differentiable: the result never requires grad, as in the published code.
+
+    query        (B, Hq, Lq, D), any strides; what attention would get, i.e. after rotary embedding
+    key          (B, Hkv, L, D), any strides, dtype of query; Hq is a multiple of Hkv
+    query_mask   (B, Lq) bool: the rows that count (e.g. the instruction's text); default all
+    key_mask     (B, L) bool: the keys that are real; default all. Padding and rows that do not count may hold anything.
+    head_weights (Hq,) or (B, Hq), not negative, with a positive sum
+    scale        default 1 / sqrt(D)
+    causal       the rows are the last Lq of the L positions, and row i sees keys up to its own, L - Lq + i
+    lse          (B, Hq, Lq) float32 or float64: the natural log of the sum of exp of the scaled logits of each row over
+                 the keys that it sees, as attention returns it; saves one of two passes over the keys
+
+    Returns (B, L) float32 (float64 for float64 inputs); 0 for padding. A row that sees no key does not count; a sample
+    in which no row counts has all scores 0. A NaN among the numbers that count makes the scores of its sample NaN.
+
+    A sample gets bitwise the same scores alone and in any batch, whatever the padding on either side (reference: on one
+    machine with one number of threads).
+
+    Raises TypeError or ValueError for arguments that do not fit these shapes, dtypes and devices; values of
+    ``head_weights`` are checked on the CPU only.
+
+    Source: Lyra (ICCV 2025), equation 4, as its code computes it: ``causal=False`` and all keys in the softmax. With
+    ``causal=True`` and the last row alone it is FastV's score, with the last rows SnapKV's before pooling.
+    """
+    check_tensor("query", query, shape=("B", "Hq", "Lq", "D"), dtypes=FLOAT_DTYPES)
+    batch, heads, rows, dim = query.shape
+    check_tensor("key", key, shape=(batch, "Hkv", "L", dim), dtypes=(query.dtype,), device=query.device)
+    kv_heads, length = key.shape[1:3]
+    if kv_heads == 0 or heads == 0 or heads % kv_heads:
+        raise ValueError(f"query: got {heads} heads, expected a positive multiple of the {kv_heads} heads of key")
+    if dim == 0:
+        raise ValueError("query: got head dimension 0, expected at least 1")
+    if query_mask is not None:
+        check_tensor("query_mask", query_mask, shape=(batch, rows), dtypes=(torch.bool,), device=query.device)
+    if key_mask is not None:
+        check_tensor("key_mask", key_mask, shape=(batch, length), dtypes=(torch.bool,), device=query.device)
+    if causal and rows > length:
+        raise ValueError(f"causal: got {rows} query rows and {length} keys, expected at most as many rows as keys")
+    if scale is None:
+        scale = dim**-0.5
+    elif not isinstance(scale, Real) or not math.isfinite(scale):
+        raise ValueError(f"scale: got {scale!r}, expected a finite number")
+    if lse is not None:
+        check_tensor("lse", lse, shape=(batch, heads, rows), dtypes=(torch.float32, torch.float64), device=query.device)
+    weights = _head_weights(head_weights, query)
+    choose("token_scores", {"reference": None}, backend)
+    return reference.token_scores(query, key, query_mask, key_mask, weights, float(scale), causal, lse)
+
+
+@torch.no_grad()
+def select_tokens(
+    scores: Tensor,
+    candidates: Tensor,
+    *,
+    keep: float | int | Tensor,
+    min_keep: int = 0,
+    key_mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    segments: Tensor | None = None,
+    capacity: int | None = None,
+    backend: str | None = None,
+) -> TokenSelection:
+    """Keeps the best candidates of each sample, and all tokens that are no candidates, in their original order.
+
+    Of n candidates the min(n, max(min_keep, k)) with the highest score + bias stay, where
+
+        keep a float in [0, 1]     k = floor(keep * n), in float64
+        keep an int                k = keep; beware that ``keep=1`` is one token and ``keep=1.0`` all
+        keep a tensor (B,)         one number per sample: int64 or int32 counts, or float64 shares
+        keep a tensor (B, S)       one number per segment of each sample; needs ``segments``
+
+    Of equal scores the lower index wins; -0 equals 0; +inf is first, NaN last, behind -inf. Not differentiable.
+
+    scores      (B, L) float
+    candidates  (B, L) bool: tokens that may be dropped (image, video, speech); all others stay
+    min_keep    least number of candidates kept (published: 32); per segment, if there are segments
+    key_mask    (B, L) bool: tokens that are real; padding is never kept and never counted. Default: all.
+    bias        (B, L) or (L,) float, added to the scores (recency, diversity, ...)
+    segments    (B, L) int64 or int32: the candidates of one number (image, frame window, modality) compete among
+                themselves for a budget of their own. Numbers are 0 to S - 1, or 0 to L - 1 where ``keep`` does not
+                give S; those of other tokens are not looked at.
+    capacity    width K of ``index``, at most L. Default: the longest sample, which is one number read back from the
+                device; with a capacity nothing is, and the call can stand in a CUDA graph or a full-graph compile.
+
+    Returns TokenSelection(index (B, K), lengths (B,), inverse (B, L)), all int64. The same for a sample alone and in
+    any batch, but for the width.
+
+    Raises TypeError or ValueError for arguments that do not fit. Values in tensors are checked on the CPU only. On a
+    GPU a negative ``keep`` counts as 0, a candidate with a segment out of range is kept, and a sample that needs more
+    than ``capacity`` raises a device-side assertion.
+
+    Source: Lyra (ICCV 2025), section 3.3 (``keep=rho, min_keep=32``); torch.topk leaves ties and order open.
+    """
+    check_tensor("scores", scores, shape=("B", "L"), dtypes=FLOAT_DTYPES)
+    shape, device = tuple(scores.shape), scores.device
+    check_tensor("candidates", candidates, shape=shape, dtypes=(torch.bool,), device=device)
+    if key_mask is not None:
+        check_tensor("key_mask", key_mask, shape=shape, dtypes=(torch.bool,), device=device)
+    if bias is not None:
+        bias_shape = shape[1:] if isinstance(bias, Tensor) and bias.ndim == 1 else shape
+        check_tensor("bias", bias, shape=bias_shape, dtypes=FLOAT_DTYPES, device=device)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) + bias
+    if segments is not None:
+        check_tensor("segments", segments, shape=shape, dtypes=INT_DTYPES, device=device)
+    keep = _check_keep(keep, scores, segments)
+    _check_count("min_keep", min_keep)
+    if segments is not None and readable(segments):
+        _check_segments(segments, candidates if key_mask is None else candidates & key_mask, keep)
+    choose("select_tokens", {"reference": None}, backend)
+
+    mask = reference.select_tokens(scores, candidates, keep, min_keep, key_mask, segments)
+    lengths = mask.sum(dim=1)
+    if capacity is None:
+        capacity = int(lengths.max()) if shape[0] else 0
+    else:
+        _check_capacity(capacity, lengths, shape[1])
+    index, inverse = reference.compact(mask, lengths, capacity)
+    return TokenSelection(index, lengths, inverse)
+
+
+def gather_tokens(
+    selection: TokenSelection,
+    *tensors: Tensor,
+    fill: float | Sequence[float] = 0,
+    backend: str | None = None,
+) -> tuple[Tensor, ...]:
+    """The kept tokens of every tensor, in their original order.
+
+        out[b, i] = tensor[b, index[b, i]]        out[b, i] = fill where index[b, i] = -1
+
+    tensors  any dtype and strides, each (B, L, ...), such as hidden states, labels, masks, cos and sin; or
+             (P, B, L, ...), such as M-RoPE position ids (3, B, L). One that fits both is read as (B, L, ...). Keys and
+             values (B, H, L, D) go in and come out as their ``.transpose(1, 2)``.
+    fill     what padding holds: one number, or one per tensor (0, and -100 for labels)
+
+    Returns a tuple of (B, K, ...) or (P, B, K, ...), as many as there are tensors. Differentiable, as often as one
+    likes; the backward is a gather by ``selection.inverse`` that writes every element once, without atomics:
+    d tensor[b, j] = d out[b, inverse[b, j]], and 0 where the token was dropped.
+
+    Raises TypeError or ValueError for tensors that do not fit the selection.
+    """
+    if not isinstance(selection, TokenSelection):
+        raise TypeError(f"selection: got {type(selection).__name__}, expected a TokenSelection")
+    batch, length = selection.inverse.shape
+    device = selection.index.device
+    if isinstance(fill, Real):
+        fills = [fill] * len(tensors)
+    elif len(fill) != len(tensors):
+        raise ValueError(f"fill: got {len(fill)} numbers, expected one, or one for each of {len(tensors)} tensors")
+    else:
+        fills = list(fill)
+    choose("gather_tokens", {"reference": None}, backend)
+    taken = []
+    for i, (tensor, value) in enumerate(zip(tensors, fills)):
+        check_tensor(f"tensors[{i}]", tensor, device=device)
+        if tuple(tensor.shape[:2]) == (batch, length):
+            planes = False
+        elif tuple(tensor.shape[1:3]) == (batch, length):
+            planes = True
+        else:
+            want = f"({batch}, {length}, ...) or (P, {batch}, {length}, ...)"
+            raise ValueError(f"tensors[{i}]: got shape {tuple(tensor.shape)}, expected {want}")
+        taken.append(_Take.apply(tensor, selection.index, selection.inverse, value, planes))
+    return tuple(taken)
+
+
+class _Take(torch.autograd.Function):
+    """Moves rows to the places of ``index``; the derivative moves them back, by ``inverse``."""
+
+    @staticmethod
+    def forward(tensor: Tensor, index: Tensor, inverse: Tensor, fill: float, planes: bool) -> Tensor:
+        return reference.take(tensor, index, fill, planes)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        _, index, inverse, _, ctx.planes = inputs
+        ctx.save_for_backward(index, inverse)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        index, inverse = ctx.saved_tensors
+        return _Take.apply(grad, inverse, index, 0, ctx.planes), None, None, None, None
+
+
+def _head_weights(weights: Tensor | None, query: Tensor) -> Tensor:
+    """(B, Hq) in the dtype of the scores, summing to 1."""
+    batch, heads = query.shape[:2]
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    if weights is None:
+        return query.new_full((batch, heads), 1 / heads, dtype=dtype)
+    shape = (heads,) if isinstance(weights, Tensor) and weights.ndim == 1 else (batch, heads)
+    check_tensor("head_weights", weights, shape=shape, dtypes=FLOAT_DTYPES, device=query.device)
+    if readable(weights):
+        if not bool((weights.isfinite() & (weights >= 0)).all()):
+            raise ValueError("head_weights: got a negative or non-finite weight, expected finite weights >= 0")
+        if not bool((weights.sum(-1) > 0).all()):
+            raise ValueError("head_weights: got weights that sum to 0, expected a positive sum")
+    weights = weights.to(dtype)
+    return (weights / weights.sum(-1, keepdim=True)).expand(batch, heads)
+
+
+def _check_keep(keep: object, scores: Tensor, segments: Tensor | None) -> float | int | Tensor:
+    if isinstance(keep, Tensor):
+        batch = scores.shape[0]
+        shape = (batch,) if segments is None or keep.ndim == 1 else (batch, "S")
+        check_tensor("keep", keep, shape=shape, dtypes=(*INT_DTYPES, torch.float64), device=scores.device)
+        if readable(keep):
+            share = keep.is_floating_point()
+            bad = ~((keep >= 0) & (keep <= 1)) if share else keep < 0
+            if bool(bad.any()):
+                expected = "shares from 0 to 1" if share else "counts of at least 0"
+                raise ValueError(f"keep: got {keep[bad][0].item()}, expected {expected}")
+        return keep
+    if isinstance(keep, bool) or not isinstance(keep, Real):
+        raise TypeError(f"keep: got {type(keep).__name__}, expected a float share, an int or a tensor")
+    if isinstance(keep, Integral):
+        _check_count("keep", keep)
+        return int(keep)
+    if not 0 <= keep <= 1:
+        raise ValueError(f"keep: got {keep}, expected a share from 0 to 1, or an int for a number of tokens")
+    return float(keep)
+
+
+def _check_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected an int")
+    if value < 0:
+        raise ValueError(f"{name}: got {value}, expected at least 0")
+
+
+def _check_segments(segments: Tensor, candidates: Tensor, keep: float | int | Tensor) -> None:
+    n = keep.shape[1] if isinstance(keep, Tensor) and keep.ndim == 2 else segments.shape[1]
+    bad = candidates & ((segments < 0) | (segments >= n))
+    if bool(bad.any()):
+        b, i = bad.nonzero()[0].tolist()
+        raise ValueError(f"segments: candidate {i} of sample {b} has {int(segments[b, i])}, expected 0 to {n - 1}")
+
+
+def _check_capacity(capacity: int, lengths: Tensor, length: int) -> None:
+    _check_count("capacity", capacity)
+    if capacity > length:
+        raise ValueError(f"capacity: got {capacity}, expected at most the {length} tokens of a sample")
+    fits = (lengths <= capacity).all()
+    if not readable(lengths):
+        torch._assert_async(fits, "capacity: a sample keeps more tokens than that")
+    elif not bool(fits):
+        b = int(lengths.argmax())
+        raise ValueError(f"capacity: got {capacity}, but sample {b} keeps {int(lengths[b])} tokens")

@@ -1,0 +1,177 @@
+"""Scoring, selection and gathering in plain torch: the oracle, and the path that runs everywhere.
+
+Arguments have been checked by the public functions of this package. B samples, L tokens (keys), Lq query rows.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# One step of the scoring handles this many query rows of all heads against this many keys. The sizes are constants,
+# never fitted to the input: then each step of a sample is the same computation, bit for bit, in whatever batch it is.
+ROWS, KEYS = 16, 512
+
+
+@torch.library.custom_op("lyra::token_scores_reference", mutates_args=())
+def token_scores(
+    query: Tensor,
+    key: Tensor,
+    query_mask: Tensor | None,
+    key_mask: Tensor | None,
+    head_weights: Tensor,
+    scale: float,
+    causal: bool,
+    lse: Tensor | None,
+) -> Tensor:
+    """Scores (B, L), float64 for float64 inputs, else float32; head_weights (B, Hq) sum to 1 in every sample.
+
+    An op of its own, so that torch.compile need not unroll the loops.
+    """
+    batch, length = query.shape[0], key.shape[2]
+    scores = query.new_zeros((batch, length), dtype=head_weights.dtype)
+    if query.shape[2] == 0 or length == 0:
+        return scores
+    with torch.autocast(query.device.type, enabled=False):
+        for b in range(batch):
+            rows, keys = (None if mask is None else mask[b] for mask in (query_mask, key_mask))
+            sample_lse = None if lse is None else lse[b]
+            _score_sample(scores[b], query[b], key[b], rows, keys, head_weights[b], scale, causal, sample_lse)
+    return scores
+
+
+@token_scores.register_fake
+def _(query, key, query_mask, key_mask, head_weights, scale, causal, lse):
+    return query.new_empty((query.shape[0], key.shape[2]), dtype=head_weights.dtype)
+
+
+def _score_sample(
+    scores: Tensor,
+    query: Tensor,
+    key: Tensor,
+    query_mask: Tensor | None,
+    key_mask: Tensor | None,
+    head_weights: Tensor,
+    scale: float,
+    causal: bool,
+    lse: Tensor | None,
+) -> None:
+    """Writes the scores (L,) of query (Hq, Lq, D) and key (Hkv, L, D)."""
+    heads, n_rows, _ = query.shape
+    kv_heads, n_keys, _ = key.shape
+    dtype, device = scores.dtype, scores.device
+
+    # A row sees the keys whose place is at most its own. Padding gets places that see nothing and are never seen.
+    row_place = torch.arange(n_keys - n_rows, n_keys, device=device)
+    if not causal:
+        row_place = torch.full_like(row_place, n_keys - 1)
+    key_place = torch.arange(n_keys, device=device)
+    if query_mask is not None:
+        row_place = row_place.masked_fill(~query_mask, -1)
+    if key_mask is not None:
+        key_place = key_place.masked_fill(~key_mask, n_keys)
+
+    # Padding goes behind, so that neither its side nor its amount moves a block boundary.
+    row_order = (row_place < 0).byte().argsort(stable=True)
+    key_order = (key_place == n_keys).byte().argsort(stable=True)
+    row_place, key_place = row_place[row_order], key_place[key_order]
+    n_counted = (row_place >= key_place[0]).sum()  # rows that see at least one key
+    if device.type == "cpu":  # reading is free here: leave out blocks of padding, which would add exact zeros
+        n_rows, n_keys = int((row_place >= 0).sum()), int((key_place < n_keys).sum())
+    row_order, row_place = _fill_block(row_order, 0, ROWS), _fill_block(row_place, -1, ROWS)
+    key_order, key_place = _fill_block(key_order, 0, KEYS), _fill_block(key_place, scores.shape[0], KEYS)
+
+    def logits(q: Tensor, place: Tensor, j: int) -> tuple[Tensor, Tensor]:
+        """Cells (Hq, ROWS, KEYS) of the rows q at keys j..., and which (ROWS, KEYS) of them are not visible."""
+        k = key.index_select(1, key_order[j : j + KEYS]).to(dtype)
+        hidden = key_place[j : j + KEYS] > place[:, None]
+        return (q @ k.mT).view(heads, ROWS, KEYS).masked_fill_(hidden, -torch.inf), hidden
+
+    total = scores.new_zeros(key_order.shape)
+    for i in range(0, n_rows, ROWS):
+        rows, place = row_order[i : i + ROWS], row_place[i : i + ROWS]
+        q = (query.index_select(1, rows).to(dtype) * scale).reshape(kv_heads, -1, query.shape[2])
+        if lse is None:
+            norm = scores.new_full((heads, ROWS), -torch.inf)
+            for j in range(0, n_keys, KEYS):
+                norm = torch.logaddexp(norm, logits(q, place, j)[0].logsumexp(-1))
+        else:
+            norm = lse.index_select(1, rows).to(dtype)
+        for j in range(0, n_keys, KEYS):
+            cells, hidden = logits(q, place, j)
+            share = cells.sub_(norm[..., None]).exp_().masked_fill_(hidden, 0)
+            total[j : j + KEYS] += share.mul_(head_weights[:, None, None]).sum((0, 1))
+    scores[key_order[: len(scores)]] = total[: len(scores)] / n_counted.clamp(min=1)
+
+
+def _fill_block(values: Tensor, value: int, size: int) -> Tensor:
+    return F.pad(values, (0, -len(values) % size), value=value)
+
+
+def select_tokens(
+    scores: Tensor,
+    candidates: Tensor,
+    keep: float | int | Tensor,
+    min_keep: int,
+    key_mask: Tensor | None,
+    segments: Tensor | None,
+) -> Tensor:
+    """Which tokens (B, L) stay. Only sorts and gathers, so that no result depends on an order of writes."""
+    batch, length = scores.shape
+    real = torch.ones_like(candidates) if key_mask is None else key_mask
+    if segments is None:
+        n_segments, segment = 1, torch.zeros_like(candidates, dtype=torch.int64)
+    else:
+        n_segments = keep.shape[1] if isinstance(keep, Tensor) and keep.ndim == 2 else length
+        segment = segments.to(torch.int64)
+    ranked = candidates & real & (segment >= 0) & (segment < n_segments)
+    segment = segment.masked_fill(~ranked, n_segments)  # behind all others
+
+    # By segment; inside it by falling score; inside that, both sorts being stable, by rising index.
+    order = _ordered(scores).argsort(dim=1, descending=True, stable=True)
+    order = order.gather(1, segment.gather(1, order).argsort(dim=1, stable=True))
+    segment = segment.gather(1, order)
+    bounds = torch.arange(n_segments + 1, device=scores.device).expand(batch, -1).contiguous()
+    starts = torch.searchsorted(segment, bounds)
+    counts = starts.diff(dim=1)
+    rank = torch.arange(length, device=scores.device) - starts.gather(1, segment)
+
+    if isinstance(keep, Tensor):
+        keep = keep.view(batch, -1)
+    if isinstance(keep, float) or (isinstance(keep, Tensor) and keep.is_floating_point()):
+        keep = (counts.double() * keep).floor()
+    budget = torch.zeros_like(counts) + keep
+    budget = budget.to(torch.int64).clamp(min=min_keep).minimum(counts)
+
+    chosen = rank < F.pad(budget, (0, 1)).gather(1, segment)
+    return real & (~ranked | chosen.gather(1, order.argsort(dim=1)))
+
+
+def _ordered(scores: Tensor) -> Tensor:
+    """Integers in the order of the floats: -0 equals 0, and NaN is below -inf."""
+    if scores.dtype != torch.float64:
+        scores = scores.float()
+    bits = torch.where(scores == 0, 0, scores).view(torch.int64 if scores.dtype == torch.float64 else torch.int32)
+    limits = torch.iinfo(bits.dtype)
+    return torch.where(bits < 0, bits ^ limits.max, bits).masked_fill(scores.isnan(), limits.min)
+
+
+def compact(mask: Tensor, lengths: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    """Places of the True tokens of mask (B, L): index (B, capacity), -1 behind them, and inverse (B, L)."""
+    index = (~mask).byte().argsort(dim=1, stable=True)[:, :capacity]
+    index = index.masked_fill(torch.arange(capacity, device=mask.device) >= lengths[:, None], -1)
+    inverse = (mask.cumsum(dim=1) - 1).masked_fill(~mask, -1)
+    return index, inverse
+
+
+def take(tensor: Tensor, index: Tensor, fill: float, planes: bool) -> Tensor:
+    """tensor (B, L, ...), or (P, B, L, ...) with planes, at index (B, K); ``fill`` where that is -1."""
+    lead = tensor.shape[: 1 + planes]
+    if tensor.shape[1 + planes] == 0:
+        return tensor.new_full((*lead, index.shape[1], *tensor.shape[2 + planes :]), fill)
+    sample = torch.arange(index.shape[0], device=index.device)[:, None]
+    place = index.clamp(min=0)
+    taken = tensor[:, sample, place] if planes else tensor[sample, place]
+    absent = (index < 0).view(*index.shape, *[1] * (taken.ndim - 2 - planes))
+    return taken.masked_fill_(absent, fill)
