@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import struct
 from pathlib import Path
 
 import torch
@@ -30,10 +31,12 @@ def failure() -> str | None:
     """Loads the library on the first call; returns None, or why there are no compiled ops."""
     if not LIBRARY.exists():
         return f"{LIBRARY} does not exist: {HOW_TO_BUILD}"
+    if (damage := _damage(LIBRARY)) is not None:
+        return f"{LIBRARY} {damage}: {HOW_TO_BUILD}"
     try:
         torch.ops.load_library(str(LIBRARY))
     except (OSError, RuntimeError) as error:
-        return _explain(str(error))
+        return _explain(str(error.__cause__ or error))  # torch hides the linker's message behind its own
     return None
 
 
@@ -50,16 +53,27 @@ def missing(op: str, device: str) -> str | None:
     return f"the library (built from commit {commit}) has no {key} implementation of {op}: {HOW_TO_BUILD}"
 
 
+def _damage(library: Path) -> str | None:
+    """What is wrong with the file itself; the dynamic linker would die of a file cut short instead of saying so."""
+    with open(library, "rb") as file:
+        header = file.read(64)
+    if len(header) < 64 or header[:4] != b"\x7fELF":
+        return "is not a shared library (broken copy or download)"
+    sections_at, entry_size, entries = struct.unpack_from("<Q", header, 40) + struct.unpack_from("<HH", header, 58)
+    if (whole := sections_at + entry_size * entries) > (size := library.stat().st_size):
+        return f"is cut short: {size} bytes of {whole} (broken copy or download)"
+    return None
+
+
 def _explain(error: str) -> str:
-    """Words for the dynamic linker's message, with what to do about it."""
-    info = build_info()
-    built = f"built for torch >= {info.get('torch_abi_target', '2.10')} (with {info.get('torch', 'unknown')}), "
-    skew = built + f"this is torch {torch.__version__}"
+    """The dynamic linker's message with the likely cause and what to do."""
     error = error.strip().splitlines()[0]
-    if "undefined symbol" in error:
-        return f"{error} ({skew}): {HOW_TO_BUILD}"
-    if any(sign in error for sign in ("file too short", "invalid ELF", "cannot read", "wrong ELF", "ELF load command")):
-        return f"{error} (the file is damaged or for another machine): {HOW_TO_BUILD}"
-    if "GLIBC" in error:
-        return f"{error} (built on a newer Linux than this one): {HOW_TO_BUILD}"
-    return f"{error} ({skew}): {HOW_TO_BUILD}"
+    if "wrong ELF" in error or "ELF load command" in error:
+        cause = "made for another kind of machine"
+    elif "GLIBC" in error:
+        cause = "built on a newer Linux than this one"
+    else:
+        info = build_info()
+        target, built_with = info.get("torch_abi_target", "2.10"), info.get("torch", "unknown")
+        cause = f"built for torch >= {target} with torch {built_with}; this is torch {torch.__version__}"
+    return f"{error} ({cause}): {HOW_TO_BUILD}"
