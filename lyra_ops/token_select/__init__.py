@@ -22,7 +22,6 @@ from lyra_ops._checks import FLOAT_DTYPES, INT_DTYPES, check_tensor, readable
 from lyra_ops.token_select import reference
 
 
-
 class TokenSelection(NamedTuple):
     """Which tokens of a padded batch (B, L) stay, and where they go.
 
@@ -217,23 +216,18 @@ def gather_tokens(
     device = selection.index.device
     if isinstance(fill, Real):
         fills = [fill] * len(tensors)
+    elif not isinstance(fill, (list, tuple)):
+        raise TypeError(f"fill: got {type(fill).__name__}, expected a number or a list of numbers")
     elif len(fill) != len(tensors):
         raise ValueError(f"fill: got {len(fill)} numbers, expected one, or one for each of {len(tensors)} tensors")
     else:
         fills = list(fill)
+    planes = [_has_planes(i, tensor, batch, length, device) for i, tensor in enumerate(tensors)]
     choose("gather_tokens", {"reference": None}, backend)
-    taken = []
-    for i, (tensor, value) in enumerate(zip(tensors, fills)):
-        check_tensor(f"tensors[{i}]", tensor, device=device)
-        if tuple(tensor.shape[:2]) == (batch, length):
-            planes = False
-        elif tuple(tensor.shape[1:3]) == (batch, length):
-            planes = True
-        else:
-            want = f"({batch}, {length}, ...) or (P, {batch}, {length}, ...)"
-            raise ValueError(f"tensors[{i}]: got shape {tuple(tensor.shape)}, expected {want}")
-        taken.append(_Take.apply(tensor, selection.index, selection.inverse, value, planes))
-    return tuple(taken)
+    return tuple(
+        _Take.apply(tensor, selection.index, selection.inverse, *options)
+        for tensor, *options in zip(tensors, fills, planes)
+    )
 
 
 class _Take(torch.autograd.Function):
@@ -252,6 +246,17 @@ class _Take(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         index, inverse = ctx.saved_tensors
         return _Take.apply(grad, inverse, index, 0, ctx.planes), None, None, None, None
+
+
+def _has_planes(i: int, tensor: Tensor, batch: int, length: int, device: torch.device) -> bool:
+    """Whether the tensor is (P, B, L, ...), not (B, L, ...)."""
+    check_tensor(f"tensors[{i}]", tensor, device=device)
+    if tuple(tensor.shape[:2]) == (batch, length):
+        return False
+    if tuple(tensor.shape[1:3]) == (batch, length):
+        return True
+    want = f"({batch}, {length}, ...) or (P, {batch}, {length}, ...)"
+    raise ValueError(f"tensors[{i}]: got shape {tuple(tensor.shape)}, expected {want}")
 
 
 def _head_weights(weights: Tensor | None, query: Tensor) -> Tensor:
