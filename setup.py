@@ -8,6 +8,7 @@ that the package goes to has it, and its headers are all that is needed.
 import fcntl
 import importlib.util
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -73,7 +74,9 @@ class CMakeBuild(build_ext):
                 os.replace(target.with_suffix(".new"), target)
 
     def cmake(self, work: Path) -> None:
-        configure = ["cmake", "-S", ROOT, "-B", work, f"-DLYRA_TORCH_DIR={torch_dir()}", f"-DLYRA_COMMIT={commit()}"]
+        digest = runpy.run_path(str(ROOT / "lyra_ops" / "_sources.py"))["digest"]()
+        known = {"LYRA_TORCH_DIR": torch_dir(), "LYRA_COMMIT": commit(), "LYRA_SOURCES": digest}
+        configure = ["cmake", "-S", ROOT, "-B", work, *(f"-D{name}={value}" for name, value in known.items())]
         ninja = shutil.which("ninja")
         if ninja:
             # Named each time: the ninja of an isolated build is gone by the next one.

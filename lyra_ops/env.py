@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import lyra_ops
-from lyra_ops import _loader
+from lyra_ops import _loader, _sources
 from lyra_ops._backend import BACKENDS
 
 RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"
@@ -179,6 +179,8 @@ def _to_do(info: dict[str, Any]) -> list[str]:
     steps = []
     if library["failure"]:
         steps.append(f"compiled ops: {_loader.HOW_TO_BUILD} (until then the plain-torch reference serves, slower)")
+    elif (digest := _sources.digest()) and digest != library.get("sources"):
+        steps.append("compiled ops: older than the sources beside them; `make build`")
     has_gpu = bool(gpu["devices"] or gpu["driver"])
     if not has_gpu:
         steps.append("GPU: none found; the CPU ops are complete, CUDA ops need an NVIDIA GPU of sm_80 or newer")

@@ -1,0 +1,65 @@
+"""What every test gets: uninitialised memory is NaN, GPU tests are skipped out loud, and their outcomes can be kept."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+OPS = [folder.parent.name for folder in Path(__file__).parents[1].glob("lyra_ops/*/reference.py")]
+OUTCOMES = pytest.StashKey[dict[str, Counter]]()
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory() -> Iterator[None]:
+    """torch fills what it allocates with NaN, also for C++ callers, so an element that a kernel leaves out is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--gpu-report", type=Path, help="write the outcomes of the GPU tests per kernel path to this file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[OUTCOMES] = defaultdict(Counter)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    report = yield
+    # A test counts once: by its call, or by the set-up that kept it from being called.
+    if item.get_closest_marker("gpu") and (report.when == "call" or (report.when == "setup" and not report.passed)):
+        item.config.stash[OUTCOMES][kernel_path(item)][report.outcome] += 1
+    return report
+
+
+def kernel_path(item: pytest.Item) -> str:
+    """`soft_dtw/cuda`: the op by the test file's name, the backend by the test's name or parameters."""
+    name = item.path.stem.removeprefix("test_")
+    op = next((op for op in OPS if name.startswith(op)), name)
+    return f"{op}/{'triton' if 'triton' in item.nodeid else 'cuda'}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    total = sum(config.stash[OUTCOMES].values(), Counter())
+    if total:
+        told = ", ".join(f"{total[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped"))
+        hint = "" if total["passed"] + total["failed"] else " - `make gpu-check` on a GPU machine runs them"
+        terminalreporter.write_line(f"GPU TESTS: {told}{hint}")
+    if path := config.getoption("gpu_report"):
+        outcomes = {"passed": 0, "failed": 0, "skipped": 0}
+        path.write_text(json.dumps({name: {**outcomes, **count} for name, count in config.stash[OUTCOMES].items()}))
