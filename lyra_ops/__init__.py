@@ -1,6 +1,21 @@
 """Fast, exact ops for multimodal language models. Needs torch alone."""
 
 from lyra_ops._backend import backend_of
+from lyra_ops.multi_lora import LoraBank, LoraRouting, multi_lora_linear
 from lyra_ops.soft_dtw import dtw_path, soft_dtw, soft_dtw_alignment, soft_dtw_from_cost
+from lyra_ops.token_select import TokenSelection, gather_tokens, select_tokens, token_scores
 
-__all__ = ["backend_of", "dtw_path", "soft_dtw", "soft_dtw_alignment", "soft_dtw_from_cost"]
+__all__ = [
+    "LoraBank",
+    "LoraRouting",
+    "TokenSelection",
+    "backend_of",
+    "dtw_path",
+    "gather_tokens",
+    "multi_lora_linear",
+    "select_tokens",
+    "soft_dtw",
+    "soft_dtw_alignment",
+    "soft_dtw_from_cost",
+    "token_scores",
+]

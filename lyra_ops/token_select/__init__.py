@@ -109,7 +109,7 @@ def token_scores(
         raise ValueError(f"causal: got {rows} query rows and {length} keys, expected at most as many rows as keys")
     if scale is None:
         scale = dim**-0.5
-    elif not isinstance(scale, Real) or not math.isfinite(scale):
+    elif not isinstance(scale, Real) or not abs(scale) < math.inf:
         raise ValueError(f"scale: got {scale!r}, expected a finite number")
     if lse is not None:
         check_tensor("lse", lse, shape=(batch, heads, rows), dtypes=(torch.float32, torch.float64), device=query.device)
