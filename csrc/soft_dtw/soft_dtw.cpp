@@ -1,0 +1,459 @@
+// Soft-DTW: the schema of the raw ops, and their CPU implementation.
+//
+// Forward.  With Z = exp(-R / gamma) the recursion R_ij = C_ij + softmin_gamma(R of the three predecessors) is linear:
+//     Z_ij = W_ij (Z_{i-1,j-1} + Z_{i-1,j} + Z_{i,j-1}),   W = exp(-C / gamma),   value = -gamma log Z_{n-1,m-1}.
+// Z leaves any float's range within a few cells, so it is kept as mantissa in [1, 2) times 2^exponent, the exponent an
+// integer of its own. No exp or log stands on the dependent chain, and the error does not grow with R / gamma, as it
+// does when differences of a stored R are taken.
+//
+// Probs.  probs[b,i,j] = (Z_{i-1,j-1}, Z_{i-1,j}) / their sum with Z_{i,j-1}: how the path came into the cell. The third
+// share is (1 - first) - second in the arithmetic of the dtype; forward stores a second share that makes it >= 0, and 0
+// where nothing came from the left: so the shares sum to one, and no weight ever leaks into a cell without a path.
+// Everything outside the pair or the band is 0. The pair's last cell, (n-1, m-1), also carries the verdict on the pair:
+//     (1, 1): there is no path, value +inf, gradient 0;      NaN: NaN or -inf among its costs, value and gradient NaN.
+//
+// Backward.  E_ij = share of E from the three successors, E_{n-1,m-1} = 1; grad_cost = grad_value E. A pure sum of
+// products of numbers >= 0. Gradients outside the pair and the band are exactly 0.
+//
+// band: -1, or w >= 0 with the cells 2 |j (n-1) - i (m-1)| <= max(2 w (n-1), n + m - 2).
+// A length outside 1..N or 1..M gives value NaN and gradient 0 for its pair alone. Costs above about 2^50 gamma count as
+// infinite (2^61 / (n + m) gamma for long pairs); below minus that they count as -inf.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <tuple>
+#include <vector>
+
+#include "lyra/check.h"
+
+STABLE_TORCH_LIBRARY_FRAGMENT(lyra, m) {
+  m.def(
+      "soft_dtw_forward(Tensor cost, Tensor x_lengths, Tensor y_lengths, float gamma, int band)"
+      " -> (Tensor value, Tensor probs)");
+  m.def("soft_dtw_backward(Tensor grad_value, Tensor probs, Tensor x_lengths, Tensor y_lengths, int band) -> Tensor");
+}
+
+// Vector arguments of inlined functions have no calling convention that could differ between instruction sets.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define LYRA_SIMD __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define LYRA_SIMD
+#endif
+#define LYRA_INLINE inline __attribute__((always_inline))
+
+namespace lyra {
+namespace {
+
+constexpr int kLanes = 8;  // pairs that go through the recursion side by side; what one gets does not depend on the rest
+
+template <typename T>
+struct Lanes {
+  typedef T Type __attribute__((vector_size(kLanes * sizeof(T))));
+};
+template <typename T>
+using Vec = typename Lanes<T>::Type;
+
+template <typename T>
+struct Format;  // of an IEEE number, and how many terms of exp's series it needs on [-ln2/2, ln2/2]
+template <>
+struct Format<float> {
+  using Int = int32_t;
+  static constexpr Int bits = 23, bias = 127;
+  static constexpr int terms = 7;
+};
+template <>
+struct Format<double> {
+  using Int = int64_t;
+  static constexpr Int bits = 52, bias = 1023;
+  static constexpr int terms = 13;
+};
+
+// kLanes numbers mantissa * 2^exponent, the mantissa in [1, 2), or 0 with an exponent below all others.
+template <typename T>
+struct Scaled {
+  using Int = typename Format<T>::Int;
+  static constexpr Int kNone = -(Int{1} << (8 * sizeof(Int) - 2));  // differences of exponents must not overflow
+  Vec<T> mantissa = {};
+  Vec<Int> exponent = Vec<Int>{} + kNone;
+};
+
+template <typename T>
+LYRA_INLINE Vec<T> from_bits(Vec<typename Format<T>::Int> bits) {
+  return std::bit_cast<Vec<T>>(bits);
+}
+
+// number * 2^(exponent - top), for top >= exponent; what is smaller than any normal number becomes 0.
+template <typename T>
+LYRA_INLINE Vec<T> shifted(const Scaled<T>& number, Vec<typename Format<T>::Int> top) {
+  using F = Format<T>;
+  const auto shift = number.exponent - top + F::bias;
+  return number.mantissa * from_bits<T>((shift > 0 ? shift : Vec<typename F::Int>{}) << F::bits);
+}
+
+// exp(-cost / gamma), scale = -log2(e) / gamma; 0 where cost scale < -limit, limit <= 2^50.
+template <typename T>
+LYRA_INLINE Scaled<T> weight(Vec<T> cost, double scale, Vec<double> limit) {
+  using Int = typename Format<T>::Int;
+  constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52: adding it rounds to an integer, which its low bits show
+  Vec<double> power = __builtin_convertvector(cost, Vec<double>) * scale;
+  const Vec<int64_t> infinite = power < -limit;
+  power = infinite ? Vec<double>{} : power;
+  const Vec<double> rounded = power + kRound;
+  const Vec<int64_t> integer = std::bit_cast<Vec<int64_t>>(rounded) - std::bit_cast<int64_t>(kRound);
+  const Vec<T> x = __builtin_convertvector((power - (rounded - kRound)) * 0.6931471805599453, Vec<T>);
+  Vec<T> series = Vec<T>{} + T(1);
+  for (int n = Format<T>::terms; n > 0; --n) series = T(1) + series * x * T(1.0 / n);
+  const auto none = __builtin_convertvector(infinite, Vec<Int>);
+  return {none ? Vec<T>{} : series, __builtin_convertvector(integer, Vec<Int>)};
+}
+
+// One pair of the batch, as both directions see it.
+struct Pair {
+  int64_t index = 0, n = 0, m = 0;  // n = 0: an empty lane
+  int64_t band = -1;
+
+  struct Window {
+    int64_t low, high;  // first and last column; none where high < low
+  };
+  Window window(int64_t i) const {
+    if (i >= n) return {std::numeric_limits<int64_t>::max(), -1};
+    const int64_t rise = n - 1, run = m - 1;
+    if (band < 0 || rise == 0) return {0, run};
+    const int64_t width = std::max(2 * band * rise, rise + run) / 2;  // the cells with |j rise - i run| <= width
+    return {std::max<int64_t>(0, (i * run - width + rise - 1) / rise), std::min(run, (i * run + width) / rise)};
+  }
+};
+
+// The windows of row i of all lanes, and the columns that hold them all. Both ends of it only grow with i as long as
+// no lane ends, which is what lets one row buffer serve all rows.
+struct Row {
+  Pair::Window lane[kLanes];
+  Pair::Window all = {std::numeric_limits<int64_t>::max(), -1};
+
+  Row(const Pair* pairs, int64_t i) {
+    for (int l = 0; l < kLanes; ++l) {
+      lane[l] = pairs[l].window(i);
+      all = {std::min(all.low, lane[l].low), std::max(all.high, lane[l].high)};
+    }
+  }
+};
+
+int64_t most_rows(const Pair* pairs) {
+  int64_t rows = 0;
+  for (int l = 0; l < kLanes; ++l) rows = std::max(rows, pairs[l].n);
+  return rows;
+}
+
+template <typename S>
+struct Forward {
+  const S* cost;
+  int64_t cost_batch, cost_row;  // strides
+  S *value, *probs;
+  int64_t rows, columns;  // N, M
+  double gamma, scale;
+
+  double limit(const Pair& pair) const { return std::min(0x1p50, 0x1p61 / static_cast<double>(pair.n + pair.m)); }
+};
+
+// T: what the recursion runs in, S: what it is stored in.
+template <typename S, typename T>
+LYRA_INLINE void forward_lanes(const Forward<S>& f, const Pair* pairs) {
+  using Format = lyra::Format<T>;
+  using Int = typename Format::Int;
+  using Buffer = std::vector<Vec<T>>;
+  Buffer mantissas(f.columns + 1), costs(f.columns);
+  std::vector<Vec<S>> firsts(f.columns), seconds(f.columns);
+  std::vector<Vec<Int>> exponents(f.columns + 1, Scaled<T>{}.exponent);
+  // Entry j + 1 of the row buffers is column j of the row above, until this row has passed there. The origin, from which
+  // the first cell is reached diagonally, stands before the first column.
+  mantissas[0] += T(1);
+  exponents[0] = Vec<Int>{};
+  Vec<double> limits;
+  for (int l = 0; l < kLanes; ++l) limits[l] = f.limit(pairs[l]);
+
+  for (int64_t i = 0, rows = most_rows(pairs); i < rows; ++i) {
+    const Row row(pairs, i);
+    std::fill(costs.begin() + row.all.low, costs.begin() + row.all.high + 1,
+              Vec<T>{} + std::numeric_limits<T>::infinity());
+    for (int l = 0; l < kLanes; ++l) {
+      const S* from = f.cost + pairs[l].index * f.cost_batch + i * f.cost_row;
+      for (int64_t j = row.lane[l].low; j <= row.lane[l].high; ++j) costs[j][l] = static_cast<T>(from[j]);
+    }
+
+    Scaled<T> diagonal{mantissas[row.all.low], exponents[row.all.low]}, left;
+    mantissas[row.all.low] = left.mantissa;
+    exponents[row.all.low] = left.exponent;
+    for (int64_t j = row.all.low; j <= row.all.high; ++j) {
+      const Scaled<T> up{mantissas[j + 1], exponents[j + 1]}, w = weight<T>(costs[j], f.scale, limits);
+      const auto higher = up.exponent > left.exponent ? up.exponent : left.exponent;
+      const auto top = diagonal.exponent > higher ? diagonal.exponent : higher;
+      const Vec<T> a = shifted(diagonal, top), b = shifted(up, top), c = shifted(left, top);
+      const Vec<T> sum = a + (b + c);
+
+      const auto reached = sum > T(0);
+      const Vec<T> total = reached ? sum : Vec<T>{} + T(1);
+      const Vec<S> first = __builtin_convertvector(a / total, Vec<S>), rest = S(1) - first;
+      const Vec<S> second = __builtin_convertvector(b / total, Vec<S>);
+      const auto all_the_rest = __builtin_convertvector(reached & (c == T(0)), Vec<typename lyra::Format<S>::Int>);
+      firsts[j] = first;
+      seconds[j] = all_the_rest | (second > rest) ? rest : second;
+
+      const auto bits = std::bit_cast<Vec<Int>>(sum * w.mantissa);
+      constexpr Int kOne = Format::bias << Format::bits, kFraction = (Int{1} << Format::bits) - 1;
+      diagonal = up;
+      left.mantissa = bits > 0 ? from_bits<T>((bits & kFraction) | kOne) : Vec<T>{};
+      left.exponent = bits > 0 ? top + w.exponent + (bits >> Format::bits) - Format::bias : Scaled<T>{}.exponent;
+      mantissas[j + 1] = left.mantissa;
+      exponents[j + 1] = left.exponent;
+    }
+
+    for (int l = 0; l < kLanes; ++l) {
+      if (i >= pairs[l].n) continue;
+      S* to = f.probs + (pairs[l].index * f.rows + i) * f.columns * 2;
+      const auto [low, high] = row.lane[l];
+      std::fill(to, to + 2 * low, S(0));
+      for (int64_t j = low; j <= high; ++j) {
+        to[2 * j] = static_cast<S>(firsts[j][l]);
+        to[2 * j + 1] = static_cast<S>(seconds[j][l]);
+      }
+      std::fill(to + 2 * (high + 1), to + 2 * f.columns, S(0));
+      if (i != pairs[l].n - 1) continue;
+      const T mantissa = mantissas[high + 1][l];
+      const double bits = std::log2(static_cast<double>(mantissa)) + static_cast<double>(exponents[high + 1][l]);
+      f.value[pairs[l].index] = mantissa > 0 ? static_cast<S>(-f.gamma * 0.6931471805599453 * bits)
+                                             : std::numeric_limits<S>::infinity();
+      if (!(mantissa > 0)) to[2 * high] = to[2 * high + 1] = S(1);
+    }
+  }
+}
+
+template <typename S>
+struct Backward {
+  const S *grad_value, *probs;
+  S* grad_cost;
+  int64_t rows, columns;
+};
+
+template <typename S>
+LYRA_INLINE void backward_lanes(const Backward<S>& f, const Pair* pairs) {
+  using Buffer = std::vector<Vec<S>>;
+  // Entry j + 1 of `row` is what has come to column j of this row from the row below; entry 0 is never used.
+  Buffer row(f.columns + 1), expected(f.columns), firsts(f.columns), seconds(f.columns);
+
+  for (int64_t i = most_rows(pairs) - 1; i >= 0; --i) {
+    const Row windows(pairs, i);
+    const int64_t low = windows.all.low, high = windows.all.high;
+    std::fill(firsts.begin() + low, firsts.begin() + high + 1, Vec<S>{});
+    std::fill(seconds.begin() + low, seconds.begin() + high + 1, Vec<S>{});
+    for (int l = 0; l < kLanes; ++l) {
+      if (i >= pairs[l].n) continue;
+      if (i == pairs[l].n - 1) row[pairs[l].m][l] = S(1);
+      const S* from = f.probs + (pairs[l].index * f.rows + i) * f.columns * 2;
+      for (int64_t j = windows.lane[l].low; j <= windows.lane[l].high; ++j) {
+        firsts[j][l] = from[2 * j];
+        seconds[j][l] = from[2 * j + 1];
+      }
+    }
+
+    Vec<S> left = {}, diagonal = {};  // what this row sends to the cell before in its own row, and in the row above
+    for (int64_t j = high; j >= low; --j) {
+      const Vec<S> here = row[j + 1] + left;
+      expected[j] = here;
+      row[j + 1] = here * seconds[j] + diagonal;
+      diagonal = here * firsts[j];
+      left = here * ((S(1) - firsts[j]) - seconds[j]);
+    }
+    row[low] = diagonal;
+
+    for (int l = 0; l < kLanes; ++l) {
+      if (i >= pairs[l].n) continue;
+      const S grad = f.grad_value[pairs[l].index];
+      S* to = f.grad_cost + (pairs[l].index * f.rows + i) * f.columns;
+      const auto [first, last] = windows.lane[l];
+      std::fill(to, to + first, S(0));
+      for (int64_t j = first; j <= last; ++j) to[j] = grad * expected[j][l];
+      std::fill(to + last + 1, to + f.columns, S(0));
+    }
+  }
+}
+
+LYRA_SIMD void run(const Forward<float>& f, const Pair* pairs, float) { forward_lanes<float, float>(f, pairs); }
+LYRA_SIMD void run(const Forward<float>& f, const Pair* pairs, double) { forward_lanes<float, double>(f, pairs); }
+LYRA_SIMD void run(const Forward<double>& f, const Pair* pairs, double) { forward_lanes<double, double>(f, pairs); }
+LYRA_SIMD void run(const Backward<float>& f, const Pair* pairs) { backward_lanes(f, pairs); }
+LYRA_SIMD void run(const Backward<double>& f, const Pair* pairs) { backward_lanes(f, pairs); }
+
+// What has to be known of a pair's costs before the recursion.
+struct Survey {
+  bool bad = false;     // NaN or -inf among them
+  double largest = 0;  // |cost / gamma| log2(e) of the finite ones
+};
+
+template <typename S>
+LYRA_INLINE Survey survey_cost(const Forward<S>& f, const Pair& pair) {
+  using Int = typename Format<S>::Int;  // ordered like the magnitudes they stand for, and quicker to reduce
+  constexpr Int kMagnitude = std::numeric_limits<Int>::max();
+  constexpr Int kInfinity = std::bit_cast<Int>(std::numeric_limits<S>::infinity());
+  const double finite = std::min<double>(std::numeric_limits<S>::max(), -f.limit(pair) / f.scale);
+  const Int limit = std::bit_cast<Int>(static_cast<S>(finite));
+  Int bad = 0, largest = 0;
+  for (int64_t i = 0; i < pair.n; ++i) {
+    const S* cost = f.cost + pair.index * f.cost_batch + i * f.cost_row;
+    const auto [low, high] = pair.window(i);
+    for (int64_t j = low; j <= high; ++j) {
+      const Int bits = std::bit_cast<Int>(cost[j]), magnitude = bits & kMagnitude;
+      const Int beyond = magnitude > limit;
+      bad |= beyond & (Int{bits < 0} | Int{magnitude > kInfinity});
+      largest = std::max(largest, beyond ? Int{0} : magnitude);
+    }
+  }
+  return {bad != 0, static_cast<double>(std::bit_cast<S>(largest)) * -f.scale};
+}
+
+LYRA_SIMD Survey survey(const Forward<float>& f, const Pair& pair) { return survey_cost(f, pair); }
+LYRA_SIMD Survey survey(const Forward<double>& f, const Pair& pair) { return survey_cost(f, pair); }
+
+template <typename S>
+void zero_rows(S* data, int64_t row_size, int64_t from, int64_t to) {
+  std::fill(data + from * row_size, data + to * row_size, S(0));
+}
+
+// Calls body(first pair, number of pairs) for groups of kLanes pairs, in parallel.
+template <typename Body>
+void for_groups(int64_t batch, const Body& body) {
+  torch::stable::parallel_for(0, (batch + kLanes - 1) / kLanes, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t group = begin; group < end; ++group) {
+      body(group * kLanes, std::min<int64_t>(kLanes, batch - group * kLanes));
+    }
+  });
+}
+
+template <typename S>
+void forward_batch(const Forward<S>& f, const int64_t* x_lengths, const int64_t* y_lengths, int64_t batch,
+                   int64_t band) {
+  constexpr S kNaN = std::numeric_limits<S>::quiet_NaN();
+  for_groups(batch, [&](int64_t start, int64_t count) {
+    Pair narrow[kLanes], wide[kLanes];  // by the range of exponents that they need, their own and nobody else's
+    bool any_narrow = false, any_wide = false;
+    for (int l = 0; l < count; ++l) {
+      const Pair pair{start + l, x_lengths[start + l], y_lengths[start + l], std::min(band, f.columns)};
+      S* probs = f.probs + pair.index * f.rows * f.columns * 2;
+      const bool fits = pair.n >= 1 && pair.n <= f.rows && pair.m >= 1 && pair.m <= f.columns;
+      zero_rows(probs, 2 * f.columns, fits ? pair.n : 0, f.rows);
+      f.value[pair.index] = kNaN;
+      if (!fits) continue;
+      const Survey found = survey(f, pair);
+      if (found.bad) {
+        zero_rows(probs, 2 * f.columns, 0, pair.n);
+        S* end = probs + ((pair.n - 1) * f.columns + pair.m - 1) * 2;
+        end[0] = end[1] = kNaN;
+      } else if (sizeof(S) == 4 && found.largest * static_cast<double>(pair.n + pair.m) < 0x1p29) {
+        narrow[l] = pair;
+        any_narrow = true;
+      } else {
+        wide[l] = pair;
+        any_wide = true;
+      }
+    }
+    if (any_narrow) run(f, narrow, S{});
+    if (any_wide) run(f, wide, double{});
+  });
+}
+
+template <typename S>
+void backward_batch(const Backward<S>& f, const int64_t* x_lengths, const int64_t* y_lengths, int64_t batch,
+                    int64_t band) {
+  for_groups(batch, [&](int64_t start, int64_t count) {
+    Pair pairs[kLanes];
+    for (int l = 0; l < count; ++l) {
+      const Pair pair{start + l, x_lengths[start + l], y_lengths[start + l], std::min(band, f.columns)};
+      S* grad = f.grad_cost + pair.index * f.rows * f.columns;
+      const bool fits = pair.n >= 1 && pair.n <= f.rows && pair.m >= 1 && pair.m <= f.columns;
+      zero_rows(grad, f.columns, fits ? pair.n : 0, f.rows);
+      if (!fits) continue;
+      const S* end = f.probs + ((pair.index * f.rows + pair.n - 1) * f.columns + pair.m - 1) * 2;
+      if (end[0] + end[1] <= S(1)) {
+        pairs[l] = pair;
+        continue;
+      }
+      zero_rows(grad, f.columns, 0, pair.n);
+      if (!std::isnan(end[0])) continue;
+      for (int64_t i = 0; i < pair.n; ++i) {
+        const auto [low, high] = pair.window(i);
+        std::fill(grad + i * f.columns + low, grad + i * f.columns + high + 1, std::numeric_limits<S>::quiet_NaN());
+      }
+    }
+    run(f, pairs);
+  });
+}
+
+void check_lengths(const char* name, const Tensor& lengths, int64_t batch) {
+  check_shape(name, lengths, {batch});
+  check_dtype(name, lengths, ScalarType::Long);
+  check_contiguous(name, lengths);
+}
+
+void check_float(const char* name, const Tensor& t) {
+  check(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::Double, name, ": got dtype ",
+        torch::headeronly::toString(t.scalar_type()), ", expected float32 or float64");
+}
+
+std::tuple<Tensor, Tensor> forward(const Tensor& given, const Tensor& x_lengths, const Tensor& y_lengths, double gamma,
+                                   int64_t band) {
+  check_shape("cost", given, {kAny, kAny, kAny});
+  check_float("cost", given);
+  const Tensor cost = given.stride(2) == 1 ? given : torch::stable::contiguous(given);
+  const int64_t batch = cost.size(0), rows = cost.size(1), columns = cost.size(2);
+  check_lengths("x_lengths", x_lengths, batch);
+  check_lengths("y_lengths", y_lengths, batch);
+  const double scale = -1.4426950408889634 / gamma;
+  check(gamma > 0 && std::isfinite(gamma) && std::isfinite(scale), "gamma: got ", gamma, ", expected a number > 0");
+  check(band >= -1, "band: got ", band, ", expected -1 (none) or more");
+  Tensor value = torch::stable::new_empty(cost, {batch});
+  Tensor probs = torch::stable::new_empty(cost, {batch, rows, columns, 2});
+  const auto go = [&]<typename S>(S) {
+    const Forward<S> f{cost.const_data_ptr<S>(), cost.stride(0), cost.stride(1), value.mutable_data_ptr<S>(),
+                       probs.mutable_data_ptr<S>(), rows, columns, gamma, scale};
+    forward_batch(f, x_lengths.const_data_ptr<int64_t>(), y_lengths.const_data_ptr<int64_t>(), batch, band);
+  };
+  cost.scalar_type() == ScalarType::Float ? go(float{}) : go(double{});
+  return {value, probs};
+}
+
+Tensor backward(const Tensor& grad_value, const Tensor& probs, const Tensor& x_lengths, const Tensor& y_lengths,
+                int64_t band) {
+  check_shape("probs", probs, {kAny, kAny, kAny, 2});
+  check_float("probs", probs);
+  check_contiguous("probs", probs);
+  const int64_t batch = probs.size(0), rows = probs.size(1), columns = probs.size(2);
+  check_shape("grad_value", grad_value, {batch});
+  check_dtype("grad_value", grad_value, probs.scalar_type());
+  check_lengths("x_lengths", x_lengths, batch);
+  check_lengths("y_lengths", y_lengths, batch);
+  check(band >= -1, "band: got ", band, ", expected -1 (none) or more");
+  const Tensor grad = torch::stable::contiguous(grad_value);  // a summed loss hands down one number with stride 0
+  Tensor grad_cost = torch::stable::new_empty(probs, {batch, rows, columns});
+  const auto go = [&]<typename S>(S) {
+    const Backward<S> f{grad.const_data_ptr<S>(), probs.const_data_ptr<S>(), grad_cost.mutable_data_ptr<S>(), rows,
+                        columns};
+    backward_batch(f, x_lengths.const_data_ptr<int64_t>(), y_lengths.const_data_ptr<int64_t>(), batch, band);
+  };
+  probs.scalar_type() == ScalarType::Float ? go(float{}) : go(double{});
+  return grad_cost;
+}
+
+}  // namespace
+}  // namespace lyra
+
+STABLE_TORCH_LIBRARY_IMPL(lyra, CPU, m) {
+  m.impl("soft_dtw_forward", TORCH_BOX(&lyra::forward));
+  m.impl("soft_dtw_backward", TORCH_BOX(&lyra::backward));
+}
