@@ -1,0 +1,58 @@
+// What a kernel source needs to be compiled by nvcc for a GPU, or by g++ to run on the CPU (LYRA_HOST_CUDA, tests
+// only).
+//
+// A .cuh that keeps to this runs on both: launch with `lyra::launch`, take dynamic shared memory from
+// `lyra::dynamic_shared`, and hand values from thread to thread through memory with `exchange_load` / `exchange_store`
+// alone, which are plain accesses on a GPU and race-checked ones on the CPU.
+#pragma once
+
+#ifdef LYRA_HOST_CUDA
+#include "lyra/host_cuda.h"
+#else
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+
+namespace lyra {
+
+template <class T>
+__device__ __forceinline__ T exchange_load(const T* from) {
+  return *from;
+}
+
+template <class T>
+__device__ __forceinline__ void exchange_store(T* to, T value) {
+  *to = value;
+}
+
+__device__ __forceinline__ char* dynamic_shared() {
+  extern __shared__ __align__(16) char lyra_dynamic_shared[];
+  return lyra_dynamic_shared;
+}
+
+// Returns what the launch itself reports; never waits.
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, cudaStream_t stream,
+                   Arguments... arguments) {
+  // More than 48 KB of shared memory is granted only on request, per kernel and device.
+  if (shared_bytes > 48 * 1024) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(arguments...);
+  return cudaGetLastError();
+}
+
+inline cudaError_t shared_bytes_per_block(size_t* bytes) {
+  int device = 0, value = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  *bytes = static_cast<size_t>(value);
+  return error;
+}
+
+}  // namespace lyra
+
+#endif
