@@ -1,0 +1,320 @@
+"""token_scores against the formula, against attention as others compute it, and for what must not change it."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import lyra_ops
+from lyra_ops.testing import assert_within_reference_error
+
+BLOCKS = pytest.mark.parametrize(("rows", "length"), [(1, 1), (3, 7), (16, 512), (17, 513), (40, 1100)])
+
+
+def formula(
+    query: Tensor,
+    key: Tensor,
+    *,
+    query_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    head_weights: Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+    dtype: type[np.floating] = np.longdouble,
+) -> Tensor:
+    """The formula of the docstring in numpy, row by row; by default in more than float64."""
+    query, key = query.double().numpy().astype(dtype), key.double().numpy().astype(dtype)
+    batch, heads, rows, dim = query.shape
+    kv_heads, length = key.shape[1:3]
+    weights = np.ones((batch, heads)) if head_weights is None else head_weights.expand(batch, heads).numpy()
+    scale = dim**-0.5 if scale is None else scale
+    result = np.zeros((batch, length), dtype=dtype)
+    for b in range(batch):
+        share = weights[b].astype(dtype) / weights[b].astype(dtype).sum()
+        counted = 0
+        for i in range(rows):
+            seen = np.ones(length, dtype=bool) if key_mask is None else key_mask[b].numpy().copy()
+            if causal:
+                seen[length - rows + i + 1 :] = False
+            if not seen.any() or not (query_mask is None or query_mask[b, i]):
+                continue
+            counted += 1
+            for h in range(heads):
+                logits = (key[b, h // (heads // kv_heads)] * query[b, h, i]).sum(1)[seen] * dtype(scale)
+                cells = np.exp(logits - logits.max())
+                result[b, seen] += share[h] * (cells / cells.sum())
+        result[b] /= max(counted, 1)
+    return torch.from_numpy(result.astype(np.float32 if dtype == np.float32 else np.float64))
+
+
+def sample(rows: int, length: int, *, batch: int = 2, heads: int = 4, kv_heads: int = 2, dim: int = 8, seed: int = 0):
+    g = torch.Generator().manual_seed(seed)
+    query = torch.randn(batch, heads, rows, dim, generator=g, dtype=torch.float64)
+    key = torch.randn(batch, kv_heads, length, dim, generator=g, dtype=torch.float64)
+    query_mask = torch.rand(batch, rows, generator=g) < 0.7
+    key_mask = torch.rand(batch, length, generator=g) < 0.7
+    weights = torch.rand(batch, heads, generator=g)
+    return query, key, {"query_mask": query_mask, "key_mask": key_mask, "head_weights": weights}
+
+
+@BLOCKS
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_formula(rows: int, length: int, causal: bool, dtype: torch.dtype):
+    query, key, options = sample(rows, length)
+    query, key = query.to(dtype), key.to(dtype)
+    got = lyra_ops.token_scores(query, key, causal=causal, **options)
+    plain = formula(query, key, causal=causal, dtype=np.float64 if dtype == torch.float64 else np.float32, **options)
+    assert_within_reference_error(got, plain, formula(query, key, causal=causal, **options))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (6, 6), (6, 1), (28, 4)])
+def test_grouped_query_heads(heads: int, kv_heads: int):
+    query, key, _ = sample(5, 33, heads=heads, kv_heads=kv_heads)
+    repeated = key.repeat_interleave(heads // kv_heads, dim=1)
+    got = lyra_ops.token_scores(query, key)
+    assert_within_reference_error(got, formula(query, repeated, dtype=np.float64), formula(query, repeated))
+
+
+def test_options_have_their_meaning_each():
+    query, key, options = sample(6, 20)
+    per_head = {"head_weights": torch.tensor([0.0, 3.0, 1.0, 0.0])}
+    for chosen in ({"scale": 0.3}, {"scale": 0}, per_head, *({name: value} for name, value in options.items())):
+        plain, exact = formula(query, key, dtype=np.float64, **chosen), formula(query, key, **chosen)
+        assert_within_reference_error(lyra_ops.token_scores(query, key, **chosen), plain, exact, name=str(chosen))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_lse_of_the_attention_gives_the_same(causal: bool):
+    query, key, options = sample(20, 600)
+    query, key = query.float(), key.float()
+    logits = query @ key.repeat_interleave(2, dim=1).mT * query.shape[-1] ** -0.5
+    hidden = ~options["key_mask"][:, None, None, :]
+    if causal:
+        hidden = hidden | torch.ones(20, 600, dtype=torch.bool).triu(600 - 20 + 1)
+    lse = logits.masked_fill(hidden, -torch.inf).logsumexp(-1)
+    lse[~options["query_mask"][:, None].expand_as(lse)] = torch.nan  # rows that do not count may hold anything
+    two_pass = lyra_ops.token_scores(query, key, causal=causal, **options)
+    one_pass = lyra_ops.token_scores(query, key, causal=causal, lse=lse, **options)
+    assert_within_reference_error(one_pass, two_pass, formula(query, key, causal=causal, **options))
+
+
+def test_attention_of_transformers():
+    modeling = pytest.importorskip("transformers.models.qwen2.modeling_qwen2")
+    query, key, _ = sample(9, 9, heads=6, kv_heads=2)
+    module = torch.nn.Module()
+    module.num_key_value_groups = 3
+    mask = torch.zeros(9, 9, dtype=torch.float64).masked_fill(torch.ones(9, 9, dtype=torch.bool).triu(1), -torch.inf)
+    _, attention = modeling.eager_attention_forward(module, query, key, key, mask, scaling=8**-0.5)
+    snapkv = attention[:, :, -4:].mean((1, 2))
+    fastv = attention[:, :, -1].mean(1)
+    # transformers rounds the softmax to float32, whatever the inputs
+    got = lyra_ops.token_scores(query[:, :, -4:].float(), key.float(), causal=True)
+    assert_within_reference_error(got, snapkv.float(), formula(query[:, :, -4:], key, causal=True))
+    got = lyra_ops.token_scores(query[:, :, -1:].float(), key.float(), causal=True)
+    assert_within_reference_error(got, fastv.float(), formula(query[:, :, -1:], key))
+
+
+def test_attention_of_torch_by_its_backward():
+    # The gradient of attention in V is P^T dO, so a dO of ones gives the column sums of P.
+    query, key, _ = sample(50, 700, heads=4, kv_heads=4)
+    value = torch.zeros(2, 4, 700, 1, dtype=torch.float64, requires_grad=True)
+    F.scaled_dot_product_attention(query, key, value).sum().backward()
+    columns = value.grad[..., 0].mean(1) / 50
+    assert_within_reference_error(lyra_ops.token_scores(query, key), columns, formula(query, key))
+
+
+def test_rule_of_the_published_code():
+    """Softmax over all keys, no mask, float32; mean over heads, then text rows; floor(rho n), at least 32; in order."""
+    g = torch.Generator().manual_seed(3)
+    length, heads, kv_heads, dim = 150, 6, 2, 16
+    query = torch.randn(length, heads, dim, generator=g).transpose(0, 1)
+    key = torch.randn(length, kv_heads, dim, generator=g).transpose(0, 1)
+    modality = torch.zeros(length, dtype=torch.bool)
+    for n_modality, rho in ((100, 0.7), (101, 0.5), (40, 0.5), (20, 0.1)):
+        modality[:] = False
+        modality[10 : 10 + n_modality] = True
+        text = torch.arange(10 + n_modality, length)
+        weights = (query[:, text] @ key.repeat_interleave(3, dim=0).mT / math.sqrt(dim)).softmax(-1)
+        context = weights[:, :, modality].mean(0).mean(0)
+        n_keep = min(n_modality, max(32, int(n_modality * rho)))
+        best = modality.nonzero()[:, 0][context.argsort(descending=True, stable=True)[:n_keep]]
+        expected = sorted([*(~modality).nonzero()[:, 0].tolist(), *best.tolist()])
+
+        scores = lyra_ops.token_scores(query[None, :, text], key[None])
+        selection = lyra_ops.select_tokens(scores, modality[None], keep=rho, min_keep=32)
+        assert selection.index[0].tolist() == expected
+
+
+def scores_of(**changes: object) -> Tensor:
+    query, key, options = sample(20, 530)
+    return lyra_ops.token_scores(query.float(), key.float(), **{**options, **changes})
+
+
+def test_sum_is_one_and_padding_gets_nothing():
+    _, _, options = sample(20, 530)
+    for causal in (False, True):
+        scores = scores_of(causal=causal)
+        assert (scores[~options["key_mask"]] == 0).all()
+        torch.testing.assert_close(scores.double().sum(1), torch.ones(2, dtype=torch.float64))
+
+
+def test_rows_without_keys_do_not_count():
+    query, key, _ = sample(4, 6)
+    key_mask = torch.ones(2, 6, dtype=torch.bool)
+    key_mask[:, :4] = False  # causal rows 0 and 1, at places 2 and 3, see nothing
+    got = lyra_ops.token_scores(query, key, key_mask=key_mask, causal=True)
+    query = query[:, :, 2:]
+    plain = formula(query, key, key_mask=key_mask, causal=True, dtype=np.float64)
+    assert_within_reference_error(got, plain, formula(query, key, key_mask=key_mask, causal=True))
+    nothing = torch.zeros(2, 4, dtype=torch.bool)
+    assert (lyra_ops.token_scores(query, key, query_mask=nothing[:, 2:]) == 0).all()
+    assert (lyra_ops.token_scores(query, key, key_mask=torch.zeros_like(key_mask)) == 0).all()
+
+
+def test_padding_may_hold_anything():
+    query, key, options = sample(20, 530)
+    query, key = query.float(), key.float()
+    clean = lyra_ops.token_scores(query, key, **options)
+    query[~options["query_mask"][:, None].expand(query.shape[:3])] = torch.nan
+    key[~options["key_mask"][:, None].expand(key.shape[:3])] = torch.inf
+    assert torch.equal(lyra_ops.token_scores(query, key, **options), clean)
+
+
+def test_nan_stays_in_its_sample():
+    query, key, options = sample(5, 20)
+    clean = lyra_ops.token_scores(query, key, **options)
+    key[0, 0, options["key_mask"][0].nonzero()[0, 0]] = torch.nan
+    got = lyra_ops.token_scores(query, key, **options)
+    assert got[0, options["key_mask"][0]].isnan().all()
+    assert torch.equal(got[1], clean[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("given_lse", [False, True])
+def test_alone_and_in_any_batch_bitwise(dtype: torch.dtype, causal: bool, given_lse: bool):
+    g = torch.Generator().manual_seed(1)
+    heads, kv_heads, dim, rows, length = 14, 2, 32, 21, 700
+    query = torch.randn(1, heads, rows, dim, generator=g).to(dtype)
+    key = torch.randn(1, kv_heads, length, dim, generator=g).to(dtype)
+    real = torch.rand(1, length, generator=g) < 0.9
+    real[0, [0, -1]] = True
+    lse = torch.randn(1, heads, rows, generator=g) + 6 if given_lse else None
+    alone = lyra_ops.token_scores(query, key, key_mask=real, causal=causal, lse=lse)[0]
+    # With causal rows, the last row's place is the end of the batch: padding then stands on the left.
+    for left_rows, right_rows, left, right in [(0, 0, 0, 0), (3, 0, 0, 0), (19, 0, 333, 0), (7, 30, 100, 612)]:
+        if causal and right:
+            continue
+        pad_rows, pad = (left_rows, right_rows), (left, right)
+        batch = {
+            "query": F.pad(query, (0, 0, *pad_rows), value=torch.nan).repeat(3, 1, 1, 1),
+            "key": F.pad(key, (0, 0, *pad), value=torch.nan).repeat(3, 1, 1, 1),
+            "query_mask": F.pad(torch.ones(1, rows, dtype=torch.bool), pad_rows).repeat(3, 1),
+            "key_mask": F.pad(real, pad).repeat(3, 1),
+            "lse": F.pad(lse, pad_rows).repeat(3, 1, 1) if given_lse else None,
+        }
+        batch["query"][1] = torch.randn_like(batch["query"][1])
+        batch["key"][1] = torch.randn_like(batch["key"][1])
+        for _ in range(2):
+            got = lyra_ops.token_scores(causal=causal, **batch)
+            for b in (0, 2):
+                assert torch.equal(got[b, left : left + length], alone), f"padding {pad_rows} {pad}"
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 20), st.integers(2, 40), st.booleans(), st.integers(0, 10**6))
+def test_permuted_and_duplicated_keys(rows: int, length: int, masked: bool, seed: int):
+    query, key, options = sample(rows, length, seed=seed)
+    options = options if masked else {}
+    scores = lyra_ops.token_scores(query, key, **options)
+    order = torch.randperm(length, generator=torch.Generator().manual_seed(seed))
+    permuted = {**options, "key_mask": options["key_mask"][:, order]} if masked else {}
+    got = lyra_ops.token_scores(query, key[:, :, order], **permuted)
+    assert_within_reference_error(got, scores[:, order], formula(query, key, **options)[:, order])
+    doubled = {**options, "key_mask": options["key_mask"].repeat(1, 2)} if masked else {}
+    got = lyra_ops.token_scores(query, key.repeat(1, 1, 2, 1), **doubled)
+    assert_within_reference_error(got[:, :length] + got[:, length:], scores, formula(query, key, **options))
+
+
+def test_strided_views():
+    query, key, _ = sample(20, 60)
+    model_query = query.transpose(1, 2).contiguous().transpose(1, 2)  # as transformers hands them over
+    cache = torch.full((2, 2, 100, 16), torch.nan, dtype=torch.float64)
+    cache[:, :, 20:80, ::2] = key
+    got = lyra_ops.token_scores(model_query, cache[:, :, 20:80, ::2])
+    assert torch.equal(got, lyra_ops.token_scores(query, key))
+
+
+@pytest.mark.parametrize(("batch", "rows", "length"), [(0, 3, 5), (2, 0, 5), (2, 3, 0), (0, 0, 0)])
+def test_nothing_in_nothing_out(batch: int, rows: int, length: int):
+    got = lyra_ops.token_scores(torch.zeros(batch, 2, rows, 4), torch.zeros(batch, 1, length, 4))
+    assert torch.equal(got, torch.zeros(batch, length))
+
+
+def test_computes_in_float32_and_without_gradient_whatever_is_on():
+    query, key, _ = sample(5, 20)
+    query, key = query.float().requires_grad_(), key.float()
+    plain = lyra_ops.token_scores(query, key)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(lyra_ops.token_scores(query, key), plain)
+    assert not plain.requires_grad
+
+
+def test_compiles_and_passes_opcheck():
+    query, key, options = sample(5, 20)
+    compiled = torch.compile(lyra_ops.token_scores, fullgraph=True, dynamic=True)
+    assert torch.equal(
+        compiled(query, key, causal=True, **options), lyra_ops.token_scores(query, key, causal=True, **options)
+    )
+    weights = torch.full((2, 4), 0.25, dtype=torch.float64)
+    raw = torch.ops.lyra.token_scores_reference
+    torch.library.opcheck(raw, (query, key, options["query_mask"], options["key_mask"], weights, 0.3, True, None))
+    torch.library.opcheck(raw, (query, key, None, None, weights, 0.3, False, torch.zeros(2, 4, 5)))
+
+
+def test_backend_by_name():
+    query, key, _ = sample(2, 3)
+    assert lyra_ops.backend_of(lyra_ops.token_scores, query, key) == "reference"
+    with pytest.raises(ValueError, match="backend: 'cuda' cannot serve this call of token_scores"):
+        lyra_ops.token_scores(query, key, backend="cuda")
+
+
+Q, K = torch.zeros(2, 4, 3, 8), torch.zeros(2, 2, 5, 8)
+ERRORS = {
+    "query: got list, expected a torch.Tensor": ([1.0], K, {}),
+    "query: got shape (4, 3, 8), expected (B, Hq, Lq, D)": (Q[0], K, {}),
+    "query: got dtype int64, expected float64 or": (Q.long(), K, {}),
+    "key: got shape (1, 2, 5, 8), expected (2, Hkv, L, 8)": (Q, K[:1], {}),
+    "key: got shape (2, 2, 5, 4), expected (2, Hkv, L, 8)": (Q, K[..., :4], {}),
+    "key: got dtype float64, expected float32": (Q, K.double(), {}),
+    "query: got 3 heads, expected a positive multiple of the 2 heads of key": (Q[:, :3], K, {}),
+    "query: got head dimension 0": (Q[..., :0], K[..., :0], {}),
+    "query_mask: got shape (2, 5), expected (2, 3)": (Q, K, {"query_mask": torch.ones(2, 5, dtype=torch.bool)}),
+    "key_mask: got dtype int64, expected bool": (Q, K, {"key_mask": torch.ones(2, 5, dtype=torch.int64)}),
+    "key: got a tensor on meta, expected cpu": (Q, K.to("meta"), {}),
+    "causal: got 3 query rows and 2 keys": (Q, K[:, :, :2], {"causal": True}),
+    "scale: got nan, expected a finite number": (Q, K, {"scale": math.nan}),
+    "scale: got '1', expected a finite number": (Q, K, {"scale": "1"}),
+    "lse: got shape (2, 4, 5), expected (2, 4, 3)": (Q, K, {"lse": torch.zeros(2, 4, 5)}),
+    "lse: got dtype bfloat16, expected float32 or float64": (Q, K, {"lse": torch.zeros(2, 4, 3).bfloat16()}),
+    "head_weights: got shape (3,), expected (4)": (Q, K, {"head_weights": torch.ones(3)}),
+    "head_weights: got a negative or non-finite weight": (Q, K, {"head_weights": -torch.ones(2, 4)}),
+    "head_weights: got weights that sum to 0": (Q, K, {"head_weights": torch.zeros(4)}),
+    "backend: got 'gpu', expected one of": (Q, K, {"backend": "gpu"}),
+}
+
+
+@pytest.mark.parametrize("message", ERRORS)
+def test_errors_name_the_argument(message: str):
+    query, key, options = ERRORS[message]
+    with pytest.raises((ValueError, TypeError), match="^" + re.escape(message)):
+        lyra_ops.token_scores(query, key, **options)
