@@ -62,6 +62,12 @@ struct Problem {
   int64_t band;  // half-width, or -1 for none
 };
 
+template <class T>
+struct Cost {
+  const T* data;
+  int64_t batch, row;  // strides in elements; columns are adjacent
+};
+
 inline int64_t workspace_bytes(const Problem& problem) { return problem.batch * problem.rows * kCarryBytes; }
 
 template <class T>
@@ -273,14 +279,15 @@ struct Forward {
   static constexpr bool kNarrow = sizeof(Exponent) == 4;
 
   const T* cost;
+  int64_t cost_row;  // stride
   Probs<T>* probs;
   int64_t columns;
   double scale;  // -log2(e) / gamma
   double limit;  // of |scale cost|
   bool bad = false, wide = false;
 
-  __device__ Forward(const T* cost, Probs<T>* probs, int64_t columns, double scale, const Band& band)
-      : cost(cost), probs(probs), columns(columns), scale(scale) {
+  __device__ Forward(const T* cost, int64_t cost_row, Probs<T>* probs, int64_t columns, double scale, const Band& band)
+      : cost(cost), cost_row(cost_row), probs(probs), columns(columns), scale(scale) {
     // A path has fewer than n + m cells. The rest leaves room for what sums and rounding add to an exponent.
     limit = static_cast<double>(-Message::kZero / 4) / (static_cast<double>(band.n) + band.m) - 64;
     if (kNarrow) limit = smaller(limit, 2097152.0);  // 2^21: see weight()
@@ -292,7 +299,7 @@ struct Forward {
   static __device__ __forceinline__ void begin() {}
 
   __device__ __forceinline__ T load(int i, int j) {
-    const T c = cost[i * columns + j];
+    const T c = cost[i * cost_row + j];
     if (c == outside()) return c;
     if (c != c || c == -outside()) bad = true;
     if (kNarrow) {
@@ -367,11 +374,11 @@ __device__ __forceinline__ bool lengths_in_range(const Problem& p, int64_t n, in
 
 // Returns false, having left only rubbish in probs, if the costs need wider exponents.
 template <class T, class Exponent>
-__device__ bool run_forward(const T* cost, T* value, Probs<T>* probs, int64_t columns, const Band& band, double scale,
-                            char* carry_bytes) {
+__device__ bool run_forward(const T* cost, int64_t cost_row, T* value, Probs<T>* probs, int64_t columns,
+                            const Band& band, double scale, char* carry_bytes) {
   using Message = typename Forward<T, Exponent>::Message;
   Message* carry = reinterpret_cast<Message*>(carry_bytes);
-  Forward<T, Exponent> cell(cost, probs, columns, scale, band);
+  Forward<T, Exponent> cell(cost, cost_row, probs, columns, scale, band);
   sweep(cell, band, carry);
   const bool bad = __syncthreads_or(cell.bad);
   const bool wide = __syncthreads_or(cell.wide);
@@ -394,9 +401,9 @@ __device__ bool run_forward(const T* cost, T* value, Probs<T>* probs, int64_t co
 
 template <class T>
 __global__ void __launch_bounds__(kMaxWarps* kLanes)
-    forward_kernel(Problem problem, const T* cost, T* value, Probs<T>* probs, double scale, char* workspace) {
+    forward_kernel(Problem problem, Cost<T> cost, T* value, Probs<T>* probs, double scale, char* workspace) {
   const int64_t pair = blockIdx.x, n = problem.x_lengths[pair], m = problem.y_lengths[pair];
-  cost += pair * problem.rows * problem.columns;
+  cost.data += pair * cost.batch;
   probs += pair * problem.rows * problem.columns;
   value += pair;
   if (!lengths_in_range(problem, n, m)) {
@@ -408,9 +415,9 @@ __global__ void __launch_bounds__(kMaxWarps* kLanes)
   fill_outside(probs, problem.rows, problem.columns, band, Probs<T>{0, 0});
   char* carry = workspace + pair * problem.rows * kCarryBytes;
   if constexpr (sizeof(T) == 4) {
-    if (run_forward<T, int>(cost, value, probs, problem.columns, band, scale, carry)) return;
+    if (run_forward<T, int>(cost.data, cost.row, value, probs, problem.columns, band, scale, carry)) return;
   }
-  run_forward<T, long long>(cost, value, probs, problem.columns, band, scale, carry);
+  run_forward<T, long long>(cost.data, cost.row, value, probs, problem.columns, band, scale, carry);
 }
 
 // --- backward ----------------------------------------------------------------------------------------------------
@@ -457,7 +464,8 @@ struct Backward {
 
 template <class T>
 __global__ void __launch_bounds__(kMaxWarps* kLanes)
-    backward_kernel(Problem problem, const T* grad_value, const Probs<T>* probs, T* grad_cost, char* workspace) {
+    backward_kernel(Problem problem, const T* grad_value, int64_t grad_stride, const Probs<T>* probs, T* grad_cost,
+                    char* workspace) {
   const int64_t pair = blockIdx.x, n = problem.x_lengths[pair], m = problem.y_lengths[pair];
   const int64_t size = problem.rows * problem.columns;
   probs += pair * size;
@@ -471,7 +479,7 @@ __global__ void __launch_bounds__(kMaxWarps* kLanes)
   const int64_t last = (n - 1) * problem.columns + m - 1;
   const Probs<T> mark = probs[last];
   const bool bad = mark.diag != mark.diag, no_path = mark.diag + mark.up > T(1.5);
-  Backward<T> cell{probs + last, grad_cost + last, problem.columns, no_path ? T(0) : grad_value[pair],
+  Backward<T> cell{probs + last, grad_cost + last, problem.columns, no_path ? T(0) : grad_value[pair * grad_stride],
                    bad ? static_cast<T>(NAN) : T(0)};
   sweep(cell, band, reinterpret_cast<Flow<T>*>(workspace + pair * problem.rows * kCarryBytes));
 }
@@ -496,7 +504,7 @@ cudaError_t block_shape(const Problem& problem, int* threads, size_t* shared_byt
 
 // `workspace`: workspace_bytes(problem) bytes of device memory, 16-byte aligned, that may hold anything. gamma > 0.
 template <class T>
-cudaError_t forward(const Problem& problem, const T* cost, T* value, T* probs, double gamma, void* workspace,
+cudaError_t forward(const Problem& problem, const Cost<T>& cost, T* value, T* probs, double gamma, void* workspace,
                     cudaStream_t stream) {
   if (problem.batch == 0) return cudaSuccess;
   int threads = 0;
@@ -507,13 +515,13 @@ cudaError_t forward(const Problem& problem, const T* cost, T* value, T* probs, d
 }
 
 template <class T>
-cudaError_t backward(const Problem& problem, const T* grad_value, const T* probs, T* grad_cost, void* workspace,
-                     cudaStream_t stream) {
+cudaError_t backward(const Problem& problem, const T* grad_value, int64_t grad_stride, const T* probs, T* grad_cost,
+                     void* workspace, cudaStream_t stream) {
   if (problem.batch == 0) return cudaSuccess;
   int threads = 0;
   size_t shared_bytes = 0;
   if (const cudaError_t error = block_shape<T>(problem, &threads, &shared_bytes); error != cudaSuccess) return error;
-  return launch(backward_kernel<T>, problem.batch, threads, shared_bytes, stream, problem, grad_value,
+  return launch(backward_kernel<T>, problem.batch, threads, shared_bytes, stream, problem, grad_value, grad_stride,
                 reinterpret_cast<const Probs<T>*>(probs), grad_cost, static_cast<char*>(workspace));
 }
 

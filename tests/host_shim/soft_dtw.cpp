@@ -36,7 +36,8 @@ py::tuple run_forward_on_cpu(Array<T> cost, Lengths x_lengths, Lengths y_lengths
   poison(value);
   poison(probs);
   auto carry = workspace(problem);
-  check(forward<T>(problem, cost.data(), value.mutable_data(), probs.mutable_data(), gamma, carry.data(), nullptr));
+  const Cost<T> given{cost.data(), problem.rows * problem.columns, problem.columns};
+  check(forward<T>(problem, given, value.mutable_data(), probs.mutable_data(), gamma, carry.data(), nullptr));
   return py::make_tuple(value, probs);
 }
 
@@ -46,7 +47,7 @@ Array<T> run_backward_on_cpu(Array<T> grad_value, Array<T> probs, Lengths x_leng
   Array<T> grad_cost({problem.batch, problem.rows, problem.columns});
   poison(grad_cost);
   auto carry = workspace(problem);
-  check(backward<T>(problem, grad_value.data(), probs.data(), grad_cost.mutable_data(), carry.data(), nullptr));
+  check(backward<T>(problem, grad_value.data(), 1, probs.data(), grad_cost.mutable_data(), carry.data(), nullptr));
   return grad_cost;
 }
 
