@@ -16,8 +16,8 @@
 // products of numbers >= 0. Gradients outside the pair and the band are exactly 0.
 //
 // band: -1, or w >= 0 with the cells 2 |j (n-1) - i (m-1)| <= max(2 w (n-1), n + m - 2).
-// A length outside 1..N or 1..M gives value NaN and gradient 0 for its pair alone. Costs above about 2^50 gamma count as
-// infinite (2^61 / (n + m) gamma for long pairs); below minus that they count as -inf.
+// A length outside 1..N or 1..M gives NaN as value and in all of grad_cost of its pair alone.
+// Costs above min(2^50, 2^60 / (n + m)) gamma ln 2 count as infinite, below minus that as -inf.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -27,8 +27,8 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <new>
 #include <tuple>
-#include <vector>
 
 #include "lyra/check.h"
 
@@ -39,15 +39,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lyra, m) {
   m.def("soft_dtw_backward(Tensor grad_value, Tensor probs, Tensor x_lengths, Tensor y_lengths, int band) -> Tensor");
 }
 
-// Vector arguments of inlined functions have no calling convention that could differ between instruction sets.
-#pragma GCC diagnostic ignored "-Wpsabi"
-
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define LYRA_SIMD __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define LYRA_SIMD
 #endif
-#define LYRA_INLINE inline __attribute__((always_inline))
+#define LYRA_INLINE __attribute__((always_inline)) inline
 
 namespace lyra {
 namespace {
@@ -74,6 +71,25 @@ struct Format<double> {
   using Int = int64_t;
   static constexpr Int bits = 52, bias = 1023;
   static constexpr int terms = 13;
+};
+
+// Vectors in a row. Not std::vector, whose allocator sees the element's type without its alignment.
+template <typename V>
+class Buffer {
+ public:
+  LYRA_INLINE explicit Buffer(int64_t size, V value = V{}) : data_(new (std::align_val_t{64}) V[size]) {
+    fill(0, size - 1, value);
+  }
+  ~Buffer() { ::operator delete[](data_, std::align_val_t{64}); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  LYRA_INLINE V& operator[](int64_t i) { return data_[i]; }
+  LYRA_INLINE void fill(int64_t first, int64_t last, V value) {
+    for (int64_t i = first; i <= last; ++i) data_[i] = value;
+  }
+
+ private:
+  V* data_;
 };
 
 // kLanes numbers mantissa * 2^exponent, the mantissa in [1, 2), or 0 with an exponent below all others.
@@ -160,7 +176,7 @@ struct Forward {
   int64_t rows, columns;  // N, M
   double gamma, scale;
 
-  double limit(const Pair& pair) const { return std::min(0x1p50, 0x1p61 / static_cast<double>(pair.n + pair.m)); }
+  double limit(const Pair& pair) const { return std::min(0x1p50, 0x1p60 / static_cast<double>(pair.n + pair.m)); }
 };
 
 // T: what the recursion runs in, S: what it is stored in.
@@ -168,10 +184,9 @@ template <typename S, typename T>
 LYRA_INLINE void forward_lanes(const Forward<S>& f, const Pair* pairs) {
   using Format = lyra::Format<T>;
   using Int = typename Format::Int;
-  using Buffer = std::vector<Vec<T>>;
-  Buffer mantissas(f.columns + 1), costs(f.columns);
-  std::vector<Vec<S>> firsts(f.columns), seconds(f.columns);
-  std::vector<Vec<Int>> exponents(f.columns + 1, Scaled<T>{}.exponent);
+  Buffer<Vec<T>> mantissas(f.columns + 1), costs(f.columns);
+  Buffer<Vec<Int>> exponents(f.columns + 1, Scaled<T>{}.exponent);
+  Buffer<Vec<S>> firsts(f.columns), seconds(f.columns);
   // Entry j + 1 of the row buffers is column j of the row above, until this row has passed there. The origin, from which
   // the first cell is reached diagonally, stands before the first column.
   mantissas[0] += T(1);
@@ -181,8 +196,7 @@ LYRA_INLINE void forward_lanes(const Forward<S>& f, const Pair* pairs) {
 
   for (int64_t i = 0, rows = most_rows(pairs); i < rows; ++i) {
     const Row row(pairs, i);
-    std::fill(costs.begin() + row.all.low, costs.begin() + row.all.high + 1,
-              Vec<T>{} + std::numeric_limits<T>::infinity());
+    costs.fill(row.all.low, row.all.high, Vec<T>{} + std::numeric_limits<T>::infinity());
     for (int l = 0; l < kLanes; ++l) {
       const S* from = f.cost + pairs[l].index * f.cost_batch + i * f.cost_row;
       for (int64_t j = row.lane[l].low; j <= row.lane[l].high; ++j) costs[j][l] = static_cast<T>(from[j]);
@@ -244,15 +258,14 @@ struct Backward {
 
 template <typename S>
 LYRA_INLINE void backward_lanes(const Backward<S>& f, const Pair* pairs) {
-  using Buffer = std::vector<Vec<S>>;
   // Entry j + 1 of `row` is what has come to column j of this row from the row below; entry 0 is never used.
-  Buffer row(f.columns + 1), expected(f.columns), firsts(f.columns), seconds(f.columns);
+  Buffer<Vec<S>> row(f.columns + 1), expected(f.columns), firsts(f.columns), seconds(f.columns);
 
   for (int64_t i = most_rows(pairs) - 1; i >= 0; --i) {
     const Row windows(pairs, i);
     const int64_t low = windows.all.low, high = windows.all.high;
-    std::fill(firsts.begin() + low, firsts.begin() + high + 1, Vec<S>{});
-    std::fill(seconds.begin() + low, seconds.begin() + high + 1, Vec<S>{});
+    firsts.fill(low, high, Vec<S>{});
+    seconds.fill(low, high, Vec<S>{});
     for (int l = 0; l < kLanes; ++l) {
       if (i >= pairs[l].n) continue;
       if (i == pairs[l].n - 1) row[pairs[l].m][l] = S(1);
@@ -322,8 +335,8 @@ LYRA_SIMD Survey survey(const Forward<float>& f, const Pair& pair) { return surv
 LYRA_SIMD Survey survey(const Forward<double>& f, const Pair& pair) { return survey_cost(f, pair); }
 
 template <typename S>
-void zero_rows(S* data, int64_t row_size, int64_t from, int64_t to) {
-  std::fill(data + from * row_size, data + to * row_size, S(0));
+void fill_rows(S* data, int64_t row_size, int64_t from, int64_t to, S value) {
+  std::fill(data + from * row_size, data + to * row_size, value);
 }
 
 // Calls body(first pair, number of pairs) for groups of kLanes pairs, in parallel.
@@ -347,12 +360,12 @@ void forward_batch(const Forward<S>& f, const int64_t* x_lengths, const int64_t*
       const Pair pair{start + l, x_lengths[start + l], y_lengths[start + l], std::min(band, f.columns)};
       S* probs = f.probs + pair.index * f.rows * f.columns * 2;
       const bool fits = pair.n >= 1 && pair.n <= f.rows && pair.m >= 1 && pair.m <= f.columns;
-      zero_rows(probs, 2 * f.columns, fits ? pair.n : 0, f.rows);
+      fill_rows(probs, 2 * f.columns, fits ? pair.n : 0, f.rows, S(0));
       f.value[pair.index] = kNaN;
       if (!fits) continue;
       const Survey found = survey(f, pair);
       if (found.bad) {
-        zero_rows(probs, 2 * f.columns, 0, pair.n);
+        fill_rows(probs, 2 * f.columns, 0, pair.n, S(0));
         S* end = probs + ((pair.n - 1) * f.columns + pair.m - 1) * 2;
         end[0] = end[1] = kNaN;
       } else if (sizeof(S) == 4 && found.largest * static_cast<double>(pair.n + pair.m) < 0x1p29) {
@@ -371,24 +384,25 @@ void forward_batch(const Forward<S>& f, const int64_t* x_lengths, const int64_t*
 template <typename S>
 void backward_batch(const Backward<S>& f, const int64_t* x_lengths, const int64_t* y_lengths, int64_t batch,
                     int64_t band) {
+  constexpr S kNaN = std::numeric_limits<S>::quiet_NaN();
   for_groups(batch, [&](int64_t start, int64_t count) {
     Pair pairs[kLanes];
     for (int l = 0; l < count; ++l) {
       const Pair pair{start + l, x_lengths[start + l], y_lengths[start + l], std::min(band, f.columns)};
       S* grad = f.grad_cost + pair.index * f.rows * f.columns;
       const bool fits = pair.n >= 1 && pair.n <= f.rows && pair.m >= 1 && pair.m <= f.columns;
-      zero_rows(grad, f.columns, fits ? pair.n : 0, f.rows);
+      fill_rows(grad, f.columns, fits ? pair.n : 0, f.rows, fits ? S(0) : kNaN);
       if (!fits) continue;
       const S* end = f.probs + ((pair.index * f.rows + pair.n - 1) * f.columns + pair.m - 1) * 2;
       if (end[0] + end[1] <= S(1)) {
         pairs[l] = pair;
         continue;
       }
-      zero_rows(grad, f.columns, 0, pair.n);
+      fill_rows(grad, f.columns, 0, pair.n, S(0));
       if (!std::isnan(end[0])) continue;
       for (int64_t i = 0; i < pair.n; ++i) {
         const auto [low, high] = pair.window(i);
-        std::fill(grad + i * f.columns + low, grad + i * f.columns + high + 1, std::numeric_limits<S>::quiet_NaN());
+        std::fill(grad + i * f.columns + low, grad + i * f.columns + high + 1, kNaN);
       }
     }
     run(f, pairs);

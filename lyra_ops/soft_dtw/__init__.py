@@ -22,7 +22,8 @@ Common to all functions here:
   each row may match.
 * ``drop_cost``: None, a float, or a float tensor () or (B, N), which may require grad.
 * ``backend``: None chooses; by name: "cuda", "cpu", "reference". The compiled ones serve a gamma that is a float > 0,
-  no or an int band, no drop_cost, and first derivatives; "reference" serves the rest. `lyra_ops.backend_of` tells.
+  no or an int band, and no drop_cost; "reference" serves the rest. `lyra_ops.backend_of` tells. Second derivatives need
+  backend="reference": through a compiled one they raise NotImplementedError.
 * A pair without any path (a band with a gap, infinite costs) has value +inf and gradient zero. NaN or -inf in a cell of
   the pair makes its value and gradient NaN, and no other's.
 * 16-bit inputs are computed, and results returned, in float32; float64 in float64.
@@ -36,7 +37,7 @@ import math
 import torch
 from torch import Tensor
 
-from lyra_ops._backend import choose
+from lyra_ops._backend import choose, missing_kernel
 from lyra_ops._checks import FLOAT_DTYPES, INT_DTYPES, check_lengths, check_option, check_tensor
 from lyra_ops.soft_dtw import reference
 
@@ -123,7 +124,12 @@ def soft_dtw_alignment(
     sources = (cost, *(a for a in arguments if isinstance(a, Tensor)))
     differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in sources)
     backend = _choose("soft_dtw_alignment", cost.device, *arguments[2:], backend, twice=differentiable)
-    return reference.alignment(cost, *arguments, differentiable=differentiable)
+    if backend == "reference":
+        return reference.alignment(cost, *arguments, differentiable=differentiable)
+    x_lengths, y_lengths, gamma, band, _ = arguments
+    band = -1 if band is None else band
+    value, probs = torch.ops.lyra.soft_dtw_forward(cost, x_lengths, y_lengths, float(gamma), band)
+    return torch.ops.lyra.soft_dtw_backward(torch.ones_like(value), probs, x_lengths, y_lengths, band)
 
 
 def dtw_path(
@@ -201,8 +207,73 @@ def _check(shape, device, x_lengths, y_lengths, gamma, band, drop_cost, names=("
 
 
 def _choose(op, device, gamma, band, drop_cost, backend, *, twice=False) -> str:
-    return choose(op, {"reference": None}, backend)
+    if isinstance(gamma, Tensor):
+        beyond = "gamma is a tensor"
+    elif gamma == 0:
+        beyond = "gamma is 0"
+    elif isinstance(band, tuple):
+        beyond = "band is a pair of tensors"
+    elif drop_cost is not None:
+        beyond = "drop_cost is given"
+    elif twice:
+        beyond = "the alignment is to be differentiated"
+    else:
+        beyond = None
+    why_not = {"reference": None}
+    for name in ("cuda", "cpu"):
+        if device.type != name:
+            why_not[name] = f"the tensors are on {device.type}"
+        elif beyond is not None:
+            why_not[name] = f"{beyond}, which only 'reference' serves"
+        else:
+            why_not[name] = missing_kernel("soft_dtw_forward", name)
+    return choose(op, why_not, backend)
 
 
 def _run(backend, cost, x_lengths, y_lengths, gamma, band, drop_cost) -> Tensor:
-    return reference.soft_dtw(cost, x_lengths, y_lengths, gamma, band, drop_cost)
+    if backend == "reference":
+        return reference.soft_dtw(cost, x_lengths, y_lengths, gamma, band, drop_cost)
+    band = -1 if band is None else band
+    if torch.is_grad_enabled() and cost.requires_grad:
+        return _SoftDTW.apply(cost, x_lengths, y_lengths, float(gamma), band)
+    return torch.ops.lyra.soft_dtw_forward(cost, x_lengths, y_lengths, float(gamma), band)[0]
+
+
+class _SoftDTW(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, cost: Tensor, x_lengths: Tensor, y_lengths: Tensor, gamma: float, band: int) -> Tensor:
+        value, probs = torch.ops.lyra.soft_dtw_forward(cost, x_lengths, y_lengths, gamma, band)
+        ctx.save_for_backward(value, probs, x_lengths, y_lengths)
+        ctx.band = band
+        return value
+
+    @staticmethod
+    def backward(ctx, grad_value: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return _SoftDTWBackward.apply(grad_value, *ctx.saved_tensors, ctx.band), None, None, None, None
+
+
+class _SoftDTWBackward(torch.autograd.Function):
+    """A function of its own so that a second derivative meets words instead of a missing term.
+
+    ``value`` is here for that alone: it ties the gradient to the cost, which the probs of the forward op do not.
+    """
+
+    @staticmethod
+    def forward(ctx, grad_value: Tensor, value: Tensor, probs: Tensor, x_lengths: Tensor, y_lengths: Tensor, band: int):
+        return torch.ops.lyra.soft_dtw_backward(grad_value, probs, x_lengths, y_lengths, band)
+
+    @staticmethod
+    def backward(ctx, grad_cost: Tensor) -> None:
+        raise NotImplementedError("soft_dtw: the compiled backends have no second derivative; pass backend='reference'")
+
+
+if missing_kernel("soft_dtw_forward", "cpu") is None:
+
+    @torch.library.register_fake("lyra::soft_dtw_forward")
+    def _(cost, x_lengths, y_lengths, gamma, band):
+        batch, rows, columns = cost.shape
+        return cost.new_empty(batch), cost.new_empty(batch, rows, columns, 2)
+
+    @torch.library.register_fake("lyra::soft_dtw_backward")
+    def _(grad_value, probs, x_lengths, y_lengths, band):
+        return probs.new_empty(probs.shape[:3])

@@ -56,9 +56,9 @@ def soft_dtw(
         return cost.sum(dim=(1, 2))
     if isinstance(gamma, Tensor):
         gamma = gamma.to(cost.dtype).reshape(-1, 1)
-    inside = inside_band(x_lengths, y_lengths, rows, columns, band)
-    bad = ((cost.isnan() | cost.isneginf()) & inside).any(dim=(1, 2))
-    bad |= (x_lengths < 1) | (x_lengths > rows) | (y_lengths < 1) | (y_lengths > columns)
+    wrong_length = (x_lengths < 1) | (x_lengths > rows) | (y_lengths < 1) | (y_lengths > columns)
+    inside = inside_band(x_lengths, y_lengths, rows, columns, band) | wrong_length[:, None, None]
+    bad = wrong_length | ((cost.isnan() | cost.isneginf()) & inside).any(dim=(1, 2))
     # Lane j of diagonal k is the cell (k - j, j); whatever is outside costs infinity and gets no gradient.
     diagonals = _skew(cost.masked_fill(~inside, math.inf))
 
