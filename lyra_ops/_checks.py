@@ -29,7 +29,7 @@ def check_tensor(
         got = tuple(value.shape)
         fits = len(got) == len(shape) and all(isinstance(w, str) or g == w for g, w in zip(got, shape))
         if not fits:
-            want = "(" + ", ".join(str(s) for s in shape) + ")"
+            want = "(" + ", ".join(str(s) for s in shape) + (",)" if len(shape) == 1 else ")")
             raise ValueError(f"{name}: got shape {got}, expected {want}")
     if dtypes is not None and value.dtype not in dtypes:
         want = " or ".join(str(d).removeprefix("torch.") for d in dtypes)

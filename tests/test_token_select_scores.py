@@ -306,7 +306,7 @@ ERRORS = {
     "scale: got '1', expected a finite number": (Q, K, {"scale": "1"}),
     "lse: got shape (2, 4, 5), expected (2, 4, 3)": (Q, K, {"lse": torch.zeros(2, 4, 5)}),
     "lse: got dtype bfloat16, expected float32 or float64": (Q, K, {"lse": torch.zeros(2, 4, 3).bfloat16()}),
-    "head_weights: got shape (3,), expected (4)": (Q, K, {"head_weights": torch.ones(3)}),
+    "head_weights: got shape (3,), expected (4,)": (Q, K, {"head_weights": torch.ones(3)}),
     "head_weights: got a negative or non-finite weight": (Q, K, {"head_weights": -torch.ones(2, 4)}),
     "head_weights: got weights that sum to 0": (Q, K, {"head_weights": torch.zeros(4)}),
     "backend: got 'gpu', expected one of": (Q, K, {"backend": "gpu"}),
