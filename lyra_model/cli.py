@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -34,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return importlib.import_module(COMMANDS[args.command][0]).run(args) or 0
     except ModuleNotFoundError as error:
         return _fail(command, _missing_package(command, error))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `lyra env | head`: nobody reads on
+        return 0
     except (ValueError, OSError) as error:
         return _fail(command, str(error))
     except KeyboardInterrupt:
