@@ -8,7 +8,8 @@
 // Shared memory starts as NaN. `exchange_load` and `exchange_store` are checked for races, in whatever order the fibers
 // happened to run: two accesses to a place by different threads, one of them a write, need a barrier between them
 // (__syncthreads, or __syncwarp within a warp; a shuffle or vote orders no memory). A launch that met a race, a
-// deadlock, or threads of a block at different barriers throws.
+// deadlock, or threads of a block at different barriers throws. What is handed over under a flag that the reader waits
+// for with `spin_wait`, or by atomics, is not checked for races; the orders alone judge it.
 #pragma once
 
 #include <setjmp.h>
@@ -95,6 +96,7 @@ class Device {
     random_.seed(settings().seed);
     touched_.clear();
     error_.clear();
+    idle_rounds_ = 0;
     blockDim = {static_cast<unsigned>(threads), 1, 1};
     gridDim = {static_cast<unsigned>(blocks), 1, 1};
     for (int b = 0; b < blocks && error_.empty(); ++b) {
@@ -239,7 +241,7 @@ class Device {
       fibers_[t].state = kReady;
       some = true;
     }
-    return some && ++idle_rounds_ < 1000000;
+    return some && ++idle_rounds_ < 10000;
   }
 
   void report_deadlock() {
@@ -335,6 +337,9 @@ void exchange_store(T* to, T value) {
   *to = value;
 }
 
+// In the loop of a thread that waits for another's write: lets the others run.
+inline void spin_wait() { host::device().spin(); }
+
 inline char* dynamic_shared() { return host::device().shared(); }
 
 template <class... Parameters, class... Arguments>
@@ -372,6 +377,24 @@ T __shfl_up_sync(unsigned mask, T value, int by) {
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int bits) {
   return lyra::host::shuffle("__shfl_xor_sync", mask, value, lyra::host::device().lane() ^ bits);
+}
+
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+  lyra::host::device().wait_for_warp("__ballot_sync", mask, predicate != 0);
+  unsigned votes = 0;
+  for (int lane = 0; lane < lyra::host::kWarp; ++lane) {
+    if (mask >> lane & 1) votes |= static_cast<unsigned>(lyra::host::device().offered_by(lane)) << lane;
+  }
+  return votes;
+}
+inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
+inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == mask; }
+
+template <class T>
+T atomicAdd(T* to, T value) {
+  const T before = *to;
+  *to += value;
+  return before;
 }
 
 inline int __float_as_int(float x) { return lyra::host::from_bits<int>(lyra::host::to_bits(x)); }

@@ -1,9 +1,9 @@
-// What a kernel source needs to be compiled by nvcc for a GPU, or by g++ to run on the CPU (LYRA_HOST_CUDA, tests
-// only).
+// What a kernel source needs to be compiled by nvcc for a GPU, or by g++ for the CPU (LYRA_HOST_CUDA, for tests alone).
 //
 // A .cuh that keeps to this runs on both: launch with `lyra::launch`, take dynamic shared memory from
-// `lyra::dynamic_shared`, and hand values from thread to thread through memory with `exchange_load` / `exchange_store`
-// alone, which are plain accesses on a GPU and race-checked ones on the CPU.
+// `lyra::dynamic_shared`, hand values from thread to thread through memory with `exchange_load` / `exchange_store`
+// alone, which are plain accesses on a GPU and race-checked ones on the CPU, and call `spin_wait` while waiting for a
+// flag.
 #pragma once
 
 #ifdef LYRA_HOST_CUDA
@@ -25,6 +25,8 @@ template <class T>
 __device__ __forceinline__ void exchange_store(T* to, T value) {
   *to = value;
 }
+
+__device__ __forceinline__ void spin_wait() {}
 
 __device__ __forceinline__ char* dynamic_shared() {
   extern __shared__ __align__(16) char lyra_dynamic_shared[];

@@ -1,0 +1,39 @@
+"""Builds CUDA kernel sources with g++ and the shim of lyra/host_cuda.h, and loads them as Python modules."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pybind11
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FLAGS = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
+
+Build = Callable[..., ModuleType]
+
+
+@pytest.fixture(scope="session")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """build(source, first=None): the module made of tests/host_shim/<source>; headers in `first` win over csrc's."""
+
+    def build(source: str, first: Path | None = None) -> ModuleType:
+        folder = tmp_path_factory.mktemp("host_shim")
+        name = f"{Path(source).stem}_{folder.name}".replace("-", "_")
+        library = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+        folders = [*([first] if first else []), ROOT / "csrc", ROOT / "csrc" / "include"]
+        system = [sysconfig.get_path("include"), pybind11.get_include()]
+        include = [f"-I{path}" for path in folders] + [f"-isystem{path}" for path in system]
+        command = ["g++", *FLAGS, "-DLYRA_HOST_CUDA", f"-DLYRA_MODULE={name}", *include]
+        subprocess.run([*command, str(ROOT / "tests" / "host_shim" / source), "-o", str(library)], check=True)
+        spec = importlib.util.spec_from_file_location(name, library)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return build

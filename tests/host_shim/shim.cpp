@@ -1,0 +1,123 @@
+// Small kernels that are right or wrong on purpose, to test the shim itself.
+#include <pybind11/pybind11.h>
+
+#include <string>
+#include <vector>
+
+#include "lyra/launch.h"
+
+namespace {
+
+constexpr int kThreads = 96;
+
+// Every thread reads what the next one wrote, and should not before a barrier.
+template <class Barrier>
+__global__ void rotate(int* slots, int* out, Barrier barrier) {
+  const int t = threadIdx.x, n = blockDim.x;
+  lyra::exchange_store(slots + t, t);
+  barrier();
+  out[t] = lyra::exchange_load(slots + (t + 1) % n);
+}
+
+// The same within each warp, so that __syncwarp is enough.
+template <class Barrier>
+__global__ void rotate_in_warp(int* slots, int* out, Barrier barrier) {
+  const int t = threadIdx.x, neighbour = t / 32 * 32 + (t + 1) % 32;
+  lyra::exchange_store(slots + t, t);
+  barrier();
+  out[t] = lyra::exchange_load(slots + neighbour);
+}
+
+// Overwrites what the neighbour may not have read yet.
+__global__ void rotate_in_place(int* slots, int* out) {
+  const int t = threadIdx.x, n = blockDim.x;
+  lyra::exchange_store(slots + t, t);
+  __syncthreads();
+  out[t] = lyra::exchange_load(slots + (t + 1) % n);
+  lyra::exchange_store(slots + t, -1);
+}
+
+__global__ void half_a_barrier(int*, int*) {
+  if (threadIdx.x < 32) {
+    __syncthreads();
+  } else {
+    __syncthreads_or(1);
+  }
+}
+
+__global__ void sum_and_vote(int*, int* out) {
+  const int lane = threadIdx.x % 32;
+  int sum = lane;
+  for (int other = 16; other > 0; other /= 2) sum += __shfl_xor_sync(~0u, sum, other);
+  const int left = __shfl_up_sync(~0u, lane, 1), third = __shfl_sync(~0u, lane, 3);
+  const unsigned odd = __ballot_sync(~0u, lane % 2);
+  const bool votes = odd == 0xaaaaaaaau && __any_sync(~0u, lane == 31) && !__all_sync(~0u, lane == 31);
+  const bool block = __syncthreads_or(threadIdx.x == 40) && !__syncthreads_or(0);
+  out[threadIdx.x] = sum == 496 && left == (lane ? lane - 1 : 0) && third == 3 && votes && block;
+}
+
+// Warp w waits for the mailbox of warp w + 1.
+__global__ void mailboxes(int* slots, int* out) {
+  const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  volatile int* boxes = slots;
+  if (warp + 1 < warps) {
+    while (boxes[warp + 1] == 0) lyra::spin_wait();
+  }
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) boxes[warp] = 1 + (warp + 1 < warps ? boxes[warp + 1] : 0);
+  __syncthreads();
+  out[threadIdx.x] = boxes[0];
+}
+
+__global__ void nobody_writes(int* slots, int*) {
+  volatile int* box = slots;
+  while (*box == 0) lyra::spin_wait();
+}
+
+__global__ void count(int* slots, int* out) {
+  atomicAdd(slots, 1);
+  __syncthreads();
+  out[threadIdx.x] = *slots;
+}
+
+__global__ void read_shared(int*, int* out) {
+  const float fresh = reinterpret_cast<float*>(lyra::dynamic_shared())[threadIdx.x];
+  out[threadIdx.x] = fresh != fresh;
+}
+
+template <class... Extra>
+pybind11::list run(void (*kernel)(int*, int*, Extra...), Extra... extra) {
+  std::vector<int> slots(kThreads), out(kThreads);
+  if (lyra::launch(kernel, 1, kThreads, kThreads * sizeof(float), nullptr, slots.data(), out.data(), extra...)) {
+    throw std::runtime_error("launch failed");
+  }
+  pybind11::list list;
+  for (int value : out) list.append(value);
+  return list;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(LYRA_MODULE, m) {
+  m.def("configure", [](int order, unsigned seed) {
+    lyra::host::settings().order = static_cast<lyra::host::Order>(order);
+    lyra::host::settings().seed = seed;
+  });
+  m.def("rotate", [](const std::string& barrier) {
+    if (barrier == "block") return run(rotate, +[] { __syncthreads(); });
+    if (barrier == "warp") return run(rotate, +[] { __syncwarp(); });
+    return run(rotate, +[] {});
+  });
+  m.def("rotate_in_warp", [](const std::string& barrier) {
+    if (barrier == "warp") return run(rotate_in_warp, +[] { __syncwarp(); });
+    if (barrier == "shuffle") return run(rotate_in_warp, +[] { __shfl_up_sync(~0u, 0, 1); });
+    return run(rotate_in_warp, +[] {});
+  });
+  m.def("rotate_in_place", [] { return run(rotate_in_place); });
+  m.def("half_a_barrier", [] { return run(half_a_barrier); });
+  m.def("sum_and_vote", [] { return run(sum_and_vote); });
+  m.def("mailboxes", [] { return run(mailboxes); });
+  m.def("nobody_writes", [] { return run(nobody_writes); });
+  m.def("count", [] { return run(count); });
+  m.def("read_shared", [] { return run(read_shared); });
+}
