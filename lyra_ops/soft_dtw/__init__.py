@@ -200,7 +200,7 @@ def _check(shape, device, x_lengths, y_lengths, gamma, band, drop_cost, names=("
     elif isinstance(drop_cost, (int, float)):
         if not drop_cost > -math.inf:
             raise ValueError(f"drop_cost: got {drop_cost}, expected a number or inf")
-        drop_cost = torch.full((batch, rows), float(drop_cost), device=device)
+        drop_cost = torch.full((batch, rows), float(drop_cost), dtype=torch.float64, device=device)
     elif drop_cost is not None:
         raise TypeError(f"drop_cost: got {type(drop_cost).__name__}, expected None, a float or a tensor")
     return x_lengths, y_lengths, gamma, band, drop_cost

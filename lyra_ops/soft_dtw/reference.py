@@ -69,7 +69,7 @@ def soft_dtw(
     else:
         real = _real(x_lengths, rows)
         bad |= ((drop_cost.isnan() | drop_cost.isneginf()) & real).any(dim=1)
-        drop_cost = drop_cost.masked_fill(~real, math.inf)
+        drop_cost = drop_cost.to(cost.dtype).masked_fill(~real, math.inf)
         edge = F.pad(torch.cat([start, drop_cost.cumsum(dim=1)], dim=1), (0, columns), value=math.inf)
         drops = _skew(drop_cost[:, :, None].expand_as(cost))
 

@@ -1,0 +1,483 @@
+"""soft_dtw and its relatives, what a user relies on: the formula, lengths, bands, dropping, costs, derivatives."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import pytest
+import torch
+from soft_dtw_oracles import BACKENDS, device_of, enumerated, in_band, looped, paths, poisoned, ragged, random
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import lyra_ops
+from lyra_ops import backend_of, dtw_path, soft_dtw, soft_dtw_alignment, soft_dtw_from_cost
+
+SMALL = [(1, 1), (1, 4), (4, 1), (3, 5), (5, 4)]
+COSTS = ["sqeuclidean", "l1", "cosine", "contrastive"]
+
+
+def same(got: Tensor, want: Tensor) -> None:
+    """Equal up to float64 rounding."""
+    torch.testing.assert_close(got.cpu(), want, rtol=1e-10, atol=1e-12)
+
+
+def value_and_gradient(cost: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    cost = cost.clone().requires_grad_()
+    value = soft_dtw_from_cost(cost, *args, **kwargs)
+    (gradient,) = torch.autograd.grad(value.sum(), cost)
+    return value.detach(), gradient
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("gamma", [10.0, 1.0, 0.05])
+@pytest.mark.parametrize(("n", "m"), SMALL)
+def test_sums_over_all_paths(n: int, m: int, gamma: float, backend: str) -> None:
+    cost = random(1, n, m)
+    value, gradient = value_and_gradient(cost.to(device_of(backend)), gamma=gamma, backend=backend)
+    want, alignment = enumerated(cost[0], gamma)
+    same(value[0], want)
+    same(gradient[0], alignment)
+
+
+@pytest.mark.parametrize("drop", ["float", "rows"])
+@pytest.mark.parametrize("gamma", [1.0, 0.05, 0.0])
+@pytest.mark.parametrize(("n", "m"), SMALL)
+def test_dropping_sums_over_all_paths_of_all_kept_rows(n: int, m: int, gamma: float, drop: str) -> None:
+    cost = random(1, n, m)
+    drop_cost = random(1, n, seed=1) + 0.3 if drop == "rows" else 0.4
+    price = drop_cost[0] if drop == "rows" else [0.4] * n
+    value, gradient = value_and_gradient(cost, gamma=gamma, drop_cost=drop_cost)
+    want, alignment = enumerated(cost[0], gamma, price)
+    same(value[0], want)
+    same(gradient[0], alignment)
+    same(soft_dtw_alignment(cost, gamma=gamma, drop_cost=drop_cost)[0], alignment)
+
+
+def test_dropping_at_an_infinite_price_is_plain_soft_dtw() -> None:
+    cost, lengths = random(4, 7, 5), ragged(4, 7, 5)
+    free = value_and_gradient(cost, *lengths, gamma=0.3, backend="reference")
+    dropping = value_and_gradient(cost, *lengths, gamma=0.3, drop_cost=math.inf)
+    for a, b in zip(dropping, free):
+        same(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("n", "m", "gamma"), [(40, 17, 0.1), (17, 40, 5.0), (30, 30, 0.5)])
+def test_matches_a_loop_over_the_cells(n: int, m: int, gamma: float, backend: str) -> None:
+    cost = random(1, n, m).square()
+    value, gradient = value_and_gradient(cost.to(device_of(backend)), gamma=gamma, backend=backend)
+    want, alignment = looped(cost[0], gamma)
+    same(value[0], want)
+    same(gradient[0], alignment)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_matches_tslearn(backend: str) -> None:
+    tslearn = pytest.importorskip("tslearn.metrics")
+    x, y, (x_lengths, y_lengths) = random(3, 40, 4), random(3, 17, 4, seed=1), ragged(3, 40, 17)
+    on = [t.to(device_of(backend)) for t in (x, y, x_lengths, y_lengths)]
+    value = soft_dtw(*on, gamma=0.1, backend=backend)
+    cost = torch.cdist(x, y).square().to(device_of(backend))
+    alignment = soft_dtw_alignment(cost, *on[2:], gamma=0.1, backend=backend).cpu()
+    for b, (n, m) in enumerate(zip(x_lengths.tolist(), y_lengths.tolist())):
+        expected, want = tslearn.soft_dtw_alignment(x[b, :n].numpy(), y[b, :m].numpy(), gamma=0.1)
+        assert value[b].item() == pytest.approx(want, rel=1e-10)
+        torch.testing.assert_close(alignment[b, :n, :m], torch.from_numpy(expected), rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_matches_ddtw(backend: str) -> None:
+    ddtw = pytest.importorskip("ddtw")
+    x, y, (x_lengths, y_lengths) = random(3, 30, 4), random(3, 30, 4, seed=1), ragged(3, 30, 30)
+    cost = torch.cdist(x, y).square()
+    theirs = cost.clone().requires_grad_()
+    peer = ddtw.SDTW(gamma=0.5, normalization="none", backend="torch", dtype_float=torch.float64)
+    mean = peer(C=theirs, list_N=x_lengths, list_M=y_lengths)
+    mean.backward()
+    on = [t.to(device_of(backend)) for t in (cost, x_lengths, y_lengths)]
+    value, gradient = value_and_gradient(*on, gamma=0.5, backend=backend)
+    same(value.mean(), mean.detach())
+    same(gradient, 3 * theirs.grad)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 9])
+@pytest.mark.parametrize("m", [1, 2, 6, 9])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_int_band_keeps_the_documented_cells_and_always_a_path(n: int, m: int, backend: str) -> None:
+    cost = random(1, n, m).abs()
+    for w in (0, 1, 3, 100):
+        outside = cost.masked_fill(~in_band(n, m, w), math.inf)
+        value, gradient = value_and_gradient(cost.to(device_of(backend)), gamma=0.5, band=w, backend=backend)
+        want, alignment = value_and_gradient(outside, gamma=0.5, backend="reference")
+        assert value.isfinite().all()
+        same(value, want)
+        same(gradient, alignment)
+
+
+def test_int_band_follows_each_pairs_own_diagonal() -> None:
+    cost, (x_lengths, y_lengths) = random(6, 9, 12), ragged(6, 9, 12)
+    for backend in ("reference", "cpu"):
+        value = soft_dtw_from_cost(cost, x_lengths, y_lengths, band=1, backend=backend)
+        for b, (n, m) in enumerate(zip(x_lengths.tolist(), y_lengths.tolist())):
+            same(value[b], soft_dtw_from_cost(cost[b : b + 1, :n, :m], band=1, backend="reference")[0])
+
+
+def test_row_windows_are_inclusive_and_per_sample() -> None:
+    cost = random(2, 4, 5)
+    low = torch.tensor([[0, 0, 1, 2], [0, 2, 2, 4]])
+    high = torch.tensor([[1, 2, 4, 4], [3, 3, 4, 4]])
+    columns = torch.arange(5)
+    outside = (columns < low[..., None]) | (columns > high[..., None])
+    value, gradient = value_and_gradient(cost, band=(low, high), gamma=0.7)
+    want, alignment = value_and_gradient(cost.masked_fill(outside, math.inf), gamma=0.7, backend="reference")
+    same(value, want)
+    same(gradient, alignment)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_pair_without_a_path_is_infinite_and_without_gradient(backend: str) -> None:
+    cost = random(3, 4, 5).to(device_of(backend))
+    cost[1, 2] = math.inf
+    value, gradient = value_and_gradient(cost, backend=backend)
+    assert value.isinf().tolist() == [False, True, False] and value[1] > 0
+    assert (gradient[1] == 0).all() and gradient.isfinite().all() and gradient[0].sum() > 1
+    assert (soft_dtw_alignment(cost, backend=backend)[1] == 0).all()
+
+
+def test_a_gap_in_the_row_windows_leaves_no_path() -> None:
+    low = torch.tensor([[0, 0, 3]])
+    high = torch.tensor([[1, 1, 4]])
+    value, gradient = value_and_gradient(random(1, 3, 5), band=(low, high))
+    assert value.item() == math.inf and (gradient == 0).all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.inf])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_stays_with_its_pair(bad: float, backend: str) -> None:
+    cost = random(3, 4, 5).to(device_of(backend))
+    clean = value_and_gradient(cost, backend=backend)
+    cost[1, 3, 0] = bad
+    value, gradient = value_and_gradient(cost, backend=backend)
+    assert value.isnan().tolist() == [False, True, False] and gradient[1].isnan().any()
+    for got, want in zip((value, gradient), clean):
+        assert torch.equal(got[[0, 2]], want[[0, 2]])
+
+
+@pytest.mark.parametrize("band", [None, 1])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_padding_may_hold_nan_and_gets_no_gradient(band: int | None, backend: str) -> None:
+    cost, lengths = random(5, 7, 6), ragged(5, 7, 6)
+    on = [t.to(device_of(backend)) for t in lengths]
+    clean = value_and_gradient(cost.to(device_of(backend)), *on, band=band, backend=backend)
+    dirty = value_and_gradient(poisoned(cost, *lengths).to(device_of(backend)), *on, band=band, backend=backend)
+    for got, want in zip(dirty, clean):
+        assert torch.equal(got, want)
+    assert (dirty[1].cpu()[poisoned(cost, *lengths).isnan()] == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_out_of_band_cells_may_hold_nan(backend: str) -> None:
+    cost = random(1, 7, 6)
+    dirty = cost.masked_fill(~in_band(7, 6, 1), math.nan).to(device_of(backend))
+    value, gradient = value_and_gradient(dirty, band=1, backend=backend)
+    assert torch.equal(value, soft_dtw_from_cost(cost.to(device_of(backend)), band=1, backend=backend))
+    assert (gradient[dirty.isnan()] == 0).all()
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_feature_costs(cost: str) -> None:
+    """Each cost as its formula says it, sample by sample without padding, against a batch padded with NaN."""
+    x, y, (x_lengths, y_lengths) = random(3, 6, 4), random(3, 5, 4, seed=1), ragged(3, 6, 5)
+    for b, (n, m) in enumerate(zip(x_lengths.tolist(), y_lengths.tolist())):
+        x[b, n:], y[b, m:] = math.nan, math.nan
+    x.requires_grad_()
+    y.requires_grad_()
+    temperature = 0.7 if cost == "contrastive" else 1.0
+    value = soft_dtw(x, y, x_lengths, y_lengths, cost=cost, temperature=temperature, gamma=0.3)
+    gradients = torch.autograd.grad(value.sum(), (x, y))
+    for b, (n, m) in enumerate(zip(x_lengths.tolist(), y_lengths.tolist())):
+        a, c = x[b, :n].detach().requires_grad_(), y[b, :m].detach().requires_grad_()
+        difference = a[:, None] - c[None]
+        pairs = {
+            "sqeuclidean": difference.square().sum(-1),
+            "l1": difference.abs().sum(-1),
+            "cosine": 1 - torch.cosine_similarity(a[:, None], c[None], dim=-1),
+            "contrastive": -torch.softmax((a[:, None] * c[None]).sum(-1) / 0.7, dim=1).log(),
+        }[cost]
+        want = soft_dtw_from_cost(pairs[None], gamma=0.3, backend="reference")
+        same(value[b], want[0].detach())
+        for got, padded in zip(torch.autograd.grad(want.sum(), (a, c)), gradients):
+            same(padded[b, : len(got)], got)
+            assert (padded[b, len(got) :] == 0).all()
+
+
+def test_sqeuclidean_survives_a_common_offset() -> None:
+    """|x|^2 + |y|^2 - 2 x.y alone would lose the distances here."""
+    x, y = random(2, 9, 16).float(), random(2, 7, 16, seed=1).float()
+    # 1024 and multiples of 1/8 add up without rounding
+    x, y = (x * 8).round() / 8, (y * 8).round() / 8
+    assert torch.equal(soft_dtw(x + 1024, y + 1024), soft_dtw(x, y))
+
+
+class _LargestTensor(TorchDispatchMode):
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(t, Tensor):
+                self.numel = max(self.numel, t.untyped_storage().nbytes() // t.element_size())
+        return out
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_no_cost_expands_the_features(cost: str) -> None:
+    x, y = random(2, 20, 64).requires_grad_(), random(2, 10, 64).requires_grad_()
+    with _LargestTensor() as seen:
+        soft_dtw(x, y, cost=cost).sum().backward()
+    assert seen.numel < 2 * 20 * 10 * 64 / 2
+
+
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("gamma", [0.7, 0.0])
+def test_derivatives_in_the_features(cost: str, gamma: float) -> None:
+    x, y, lengths = random(2, 5, 3).requires_grad_(), random(2, 4, 3, seed=1).requires_grad_(), ragged(2, 5, 4)
+
+    def loss(x: Tensor, y: Tensor, backend: str | None = None) -> Tensor:
+        return soft_dtw(x, y, *lengths, cost=cost, gamma=gamma, band=1, backend=backend)
+
+    assert gradcheck(loss, (x, y))
+    assert gradgradcheck(lambda x, y: loss(x, y, "reference"), (x, y))
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_derivatives_in_cost_gamma_and_drop_cost(per_sample: bool) -> None:
+    gamma = torch.tensor([0.5, 2.0] if per_sample else 0.5, dtype=torch.float64, requires_grad=True)
+    cost, drop, lengths = random(2, 4, 3).requires_grad_(), random(2, 4, seed=1).requires_grad_(), ragged(2, 4, 3)
+
+    def loss(cost: Tensor, gamma: Tensor, drop: Tensor) -> Tensor:
+        return soft_dtw_from_cost(cost, *lengths, gamma=gamma, drop_cost=drop)
+
+    assert gradcheck(loss, (cost, gamma, drop))
+    assert gradgradcheck(loss, (cost, gamma, drop))
+    for b in range(2):
+        one = soft_dtw_from_cost(
+            cost[b : b + 1], lengths[0][b : b + 1], lengths[1][b : b + 1], gamma=gamma[b].item() if per_sample else 0.5
+        )
+        same(soft_dtw_from_cost(cost, *lengths, gamma=gamma)[b], one[0])
+
+
+def test_derivative_in_gamma_is_minus_the_entropy_of_the_paths() -> None:
+    cost, gamma = random(1, 4, 3), torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(soft_dtw_from_cost(cost, gamma=gamma).sum(), gamma)
+    prices = torch.stack([sum(cost[0, i, j] for i, j in path) for path in paths(4, 3)])
+    p = torch.softmax(-prices / 0.5, dim=0)
+    same(slope, (p * p.log()).sum())
+
+
+def test_alignment_is_differentiable() -> None:
+    cost = random(2, 4, 3).requires_grad_()
+    assert gradcheck(lambda c: soft_dtw_alignment(c, gamma=0.6), (cost,))
+    assert backend_of(soft_dtw_alignment, cost) == "reference"
+    assert backend_of(soft_dtw_alignment, cost.detach()) == backend_of(soft_dtw_from_cost, cost)
+
+
+@pytest.mark.parametrize("backend", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_second_derivative_of_a_compiled_backend_says_what_to_do(backend: str) -> None:
+    cost = random(1, 4, 3).to(device_of(backend)).requires_grad_()
+    (gradient,) = torch.autograd.grad(soft_dtw_from_cost(cost, backend=backend).sum(), cost, create_graph=True)
+    with pytest.raises(NotImplementedError, match="backend='reference'"):
+        gradient.square().sum().backward()
+
+
+def test_hard_dtw_is_the_limit_and_its_gradient_the_path() -> None:
+    cost, (x_lengths, y_lengths) = random(5, 6, 5).abs(), ragged(5, 6, 5)
+    value, gradient = value_and_gradient(cost, x_lengths, y_lengths, gamma=0)
+    same(value, soft_dtw_from_cost(cost, x_lengths, y_lengths, gamma=1e-13, backend="reference"))
+    steps = dtw_path(cost, x_lengths, y_lengths)
+    for b, (n, m) in enumerate(zip(x_lengths.tolist(), y_lengths.tolist())):
+        assert steps[b].dtype == torch.int64 and steps[b].tolist() in [[list(c) for c in p] for p in paths(n, m)]
+        i, j = steps[b].T
+        same(cost[b, i, j].sum(), value[b])
+        assert torch.equal(torch.zeros(6, 5).double().index_put((i, j), torch.ones(len(i)).double()), gradient[b])
+
+
+def test_path_with_ties_drops_and_nothing_at_all() -> None:
+    assert dtw_path(torch.zeros(1, 3, 2))[0].tolist() == [[0, 0], [1, 0], [2, 1]]
+    cost = torch.tensor([[[0.0, 9.0], [7.0, 7.0], [9.0, 0.0]]])
+    assert dtw_path(cost, drop_cost=1.0)[0].tolist() == [[0, 0], [2, 1]]
+    assert dtw_path(torch.full((1, 3, 2), math.inf))[0].shape == (0, 2)
+    with pytest.raises(ValueError, match="cost: sample 1 holds NaN"):
+        dtw_path(torch.stack([torch.zeros(3, 2), torch.full((3, 2), math.nan)]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_inputs_are_computed_in_float32(dtype: torch.dtype) -> None:
+    x, y = random(2, 6, 8).to(dtype).requires_grad_(), random(2, 5, 8, seed=1).to(dtype).requires_grad_()
+    value = soft_dtw(x, y, gamma=0.2)
+    assert value.dtype == torch.float32
+    assert torch.equal(value, soft_dtw(x.float(), y.float(), gamma=0.2))
+    value.sum().backward()
+    assert x.grad.dtype == y.grad.dtype == dtype
+    cost = random(2, 6, 5).to(dtype)
+    assert torch.equal(soft_dtw_from_cost(cost), soft_dtw_from_cost(cost.float()))
+
+
+def test_autocast_does_not_round_the_cost() -> None:
+    x, y = random(2, 6, 8).float(), random(2, 5, 8, seed=1).float()
+    for backend in ("reference", "cpu"):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            inside = soft_dtw(x, y, cost="contrastive", temperature=0.06, gamma=0.1, backend=backend)
+        assert torch.equal(inside, soft_dtw(x, y, cost="contrastive", temperature=0.06, gamma=0.1, backend=backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("n", "m"), [(4, 3), (0, 0)])
+def test_empty_batch(n: int, m: int, backend: str) -> None:
+    x = torch.zeros(0, n, 3, device=device_of(backend), requires_grad=True)
+    y = torch.zeros(0, m, 3, device=device_of(backend))
+    value = soft_dtw(x, y, backend=backend)
+    assert value.shape == (0,)
+    value.sum().backward()
+    assert x.grad.shape == x.shape
+    cost = torch.zeros(0, n, m, device=device_of(backend))
+    assert soft_dtw_alignment(cost, backend=backend).shape == (0, n, m)
+    assert dtw_path(cost) == []
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_costs_are_taken_as_they_are(backend: str) -> None:
+    cost = random(2, 6, 5).to(device_of(backend))
+    want = value_and_gradient(cost, gamma=0.4, backend=backend)
+    wide = torch.full((2, 12, 9), math.nan, dtype=torch.float64, device=cost.device)
+    wide[:, ::2, 2:7] = cost
+    for strided in (wide[:, ::2, 2:7], cost.mT.contiguous().mT):
+        leaf = strided.detach().requires_grad_()
+        value = soft_dtw_from_cost(leaf, gamma=0.4, backend=backend)
+        assert torch.equal(value, want[0])
+        assert torch.equal(torch.autograd.grad(value.sum(), leaf)[0], want[1])
+
+
+def test_gradient_checkpointing() -> None:
+    x, y = random(2, 6, 4).requires_grad_(), random(2, 5, 4, seed=1)
+    (want,) = torch.autograd.grad(soft_dtw(x, y).sum(), x)
+    (got,) = torch.autograd.grad(checkpoint(soft_dtw, x, y, use_reentrant=False).sum(), x)
+    assert torch.equal(got, want)
+
+
+def cost_of(*shape: int, **kwargs) -> Tensor:
+    return torch.zeros(shape, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: soft_dtw_from_cost([1.0]), TypeError, "cost: got list, expected a torch.Tensor"),
+        (lambda: soft_dtw_from_cost(cost_of(3, 4)), ValueError, "cost: got shape (3, 4), expected (B, N, M)"),
+        (lambda: soft_dtw_from_cost(cost_of(1, 3, 4, dtype=torch.int64)), TypeError, "cost: got dtype int64"),
+        (lambda: soft_dtw_from_cost(cost_of(2, 3, 0)), ValueError, "cost's columns: sample 0 has length 0"),
+        (
+            lambda: soft_dtw_from_cost(cost_of(2, 3, 4), torch.tensor([3, 0])),
+            ValueError,
+            "x_lengths: sample 1 has length 0, expected 1 to 3",
+        ),
+        (
+            lambda: soft_dtw_from_cost(cost_of(2, 3, 4), None, torch.tensor([5, 4])),
+            ValueError,
+            "y_lengths: sample 0 has length 5, expected 1 to 4",
+        ),
+        (lambda: soft_dtw_from_cost(cost_of(2, 3, 4), torch.tensor([3])), ValueError, "x_lengths: got shape (1,)"),
+        (lambda: soft_dtw_from_cost(cost_of(1, 3, 4), torch.tensor([3.0])), TypeError, "x_lengths: got dtype float32"),
+        (
+            lambda: soft_dtw(cost_of(2, 3, 4), cost_of(2, 3, 5)),
+            ValueError,
+            "y: got shape (2, 3, 5), expected (2, M, 4)",
+        ),
+        (lambda: soft_dtw(cost_of(2, 0, 4), cost_of(2, 3, 4)), ValueError, "x: sample 0 has length 0"),
+        (
+            lambda: soft_dtw(cost_of(1, 2, 2), cost_of(1, 2, 2), cost="l2"),
+            ValueError,
+            "cost: got 'l2', expected one of",
+        ),
+        (
+            lambda: soft_dtw(cost_of(1, 2, 2), cost_of(1, 2, 2), temperature=0.5),
+            ValueError,
+            "temperature: got 0.5 with cost='sqeuclidean'",
+        ),
+        (
+            lambda: soft_dtw(cost_of(1, 2, 2), cost_of(1, 2, 2), cost="contrastive", temperature=0.0),
+            ValueError,
+            "temperature: got 0.0",
+        ),
+        (lambda: soft_dtw_from_cost(cost_of(1, 2, 2), gamma=-1.0), ValueError, "gamma: got -1.0, expected 0 <= gamma"),
+        (lambda: soft_dtw_from_cost(cost_of(1, 2, 2), gamma=math.nan), ValueError, "gamma: got nan"),
+        (lambda: soft_dtw_from_cost(cost_of(1, 2, 2), gamma="1"), TypeError, "gamma: got str"),
+        (lambda: soft_dtw_from_cost(cost_of(2, 2, 2), gamma=torch.ones(3)), ValueError, "gamma: got shape (3,)"),
+        (lambda: soft_dtw_from_cost(cost_of(1, 2, 2), gamma=torch.zeros(1)), ValueError, "gamma: got a tensor with"),
+        (lambda: soft_dtw_from_cost(cost_of(1, 2, 2), band=-1), ValueError, "band: got -1, expected >= 0"),
+        (lambda: soft_dtw_from_cost(cost_of(1, 2, 2), band=0.5), TypeError, "band: got float"),
+        (lambda: soft_dtw_from_cost(cost_of(1, 2, 2), band=(1,)), ValueError, "band: got 1 entries"),
+        (
+            lambda: soft_dtw_from_cost(cost_of(1, 2, 2), band=(torch.zeros(2, dtype=torch.int64),) * 2),
+            ValueError,
+            "band[0]: got shape (2,), expected (1, 2)",
+        ),
+        (lambda: soft_dtw_from_cost(cost_of(1, 2, 2), drop_cost=math.nan), ValueError, "drop_cost: got nan"),
+        (lambda: soft_dtw_from_cost(cost_of(1, 2, 2), drop_cost="1"), TypeError, "drop_cost: got str"),
+        (
+            lambda: soft_dtw_from_cost(cost_of(1, 2, 2), drop_cost=cost_of(1, 3)),
+            ValueError,
+            "drop_cost: got shape (1, 3)",
+        ),
+        (
+            lambda: soft_dtw_from_cost(cost_of(1, 2, 2), backend="gpu"),
+            ValueError,
+            "backend: got 'gpu', expected one of",
+        ),
+        (lambda: soft_dtw_from_cost(cost_of(1, 2, 2), backend="triton"), ValueError, "backend: 'triton' cannot serve"),
+        (lambda: soft_dtw_from_cost(cost_of(1, 2, 2), backend="cuda"), ValueError, "the tensors are on cpu"),
+    ],
+)
+def test_error_messages(call, error: type[Exception], message: str) -> None:
+    with pytest.raises(error) as raised:
+        call()
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("beyond", "reason"),
+    [
+        ({"gamma": 0.0}, "gamma is 0"),
+        ({"gamma": torch.ones(2)}, "gamma is a tensor"),
+        ({"drop_cost": 1.0}, "drop_cost is given"),
+        ({"band": (torch.zeros(2, 3, dtype=torch.int64), torch.full((2, 3), 3))}, "band is a pair of tensors"),
+    ],
+)
+def test_what_the_compiled_backends_do_not_serve_goes_to_the_reference_and_is_refused_by_name(beyond, reason) -> None:
+    cost = random(2, 3, 4).float()
+    assert backend_of(soft_dtw_from_cost, cost) == "cpu"
+    assert backend_of(soft_dtw_from_cost, cost, **beyond) == "reference"
+    with pytest.raises(ValueError, match=f"'cpu' cannot serve this call of soft_dtw_from_cost: {reason}"):
+        soft_dtw_from_cost(cost, **beyond, backend="cpu")
+
+
+def test_backend_of_computes_nothing_and_checks_everything() -> None:
+    x = torch.zeros(1, 4, 3, requires_grad=True)
+    assert backend_of(soft_dtw, x, x) == "cpu"
+    assert backend_of(dtw_path, torch.zeros(1, 3, 4)) == "reference"
+    with pytest.raises(ValueError, match="gamma"):
+        backend_of(soft_dtw, x, x, gamma=-1.0)
+    with pytest.raises(TypeError, match="expected a function of lyra_ops"):
+        backend_of(math.sqrt, 2.0)
+    assert soft_dtw(x, x).requires_grad  # asking has left nothing behind
+
+
+def test_public_face() -> None:
+    assert {"soft_dtw", "soft_dtw_from_cost", "soft_dtw_alignment", "dtw_path", "backend_of"} <= set(lyra_ops.__all__)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert soft_dtw(torch.rand(2, 5, 3), torch.rand(2, 4, 3)).shape == (2,)
