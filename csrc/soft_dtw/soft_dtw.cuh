@@ -29,8 +29,10 @@
 // Launches: 1 each way. Shared memory per warp: kRing * 32 * 12 bytes (float32), twice that for float64.
 //
 // Registers per thread, at most, spills none (tests/test_compile_budget.py reads these lines):
-//   budget sm_80  forward<float> 128  forward<double> 128  backward<float> 128  backward<double> 128
-//   budget sm_90a forward<float> 128  forward<double> 128  backward<float> 128  backward<double> 192
+//   budget sm_80: forward_kernel<float> 128, forward_kernel<double> 128, backward_kernel<float> 104,
+//   budget sm_80: backward_kernel<double> 128
+//   budget sm_90a: forward_kernel<float> 128, forward_kernel<double> 128, backward_kernel<float> 128,
+//   budget sm_90a: backward_kernel<double> 184
 #pragma once
 
 #include <cstdint>
@@ -47,10 +49,9 @@ constexpr int kSteps = 16;
 constexpr int kDelay = (kLanes - 1 + kSteps - 1) / kSteps;
 // One more because a barrier must lie between, one more because `carry` is read a phase ahead of its use.
 constexpr int kLag = kDelay + 2;
-// Rows in flight: kDelay + 1 blocks under way, and one being stored or one being loaded.
-constexpr int kRing = (kDelay + 2) * kSteps;
+constexpr int kRing = 64;  // rows of a delay line; a power of two, so that finding a row's slot costs no division
 static_assert(kSteps <= kLanes, "one lane fetches one row of the carry column");
-static_assert(kRing >= kLanes - 1 + 2 * kSteps, "a row is loaded while the last lane is still above it");
+static_assert(kRing >= (kDelay + 1) * kSteps, "kDelay + 1 blocks of rows are under way in a lane");
 
 constexpr int64_t kCarryBytes = 16;  // per row of a pair; the largest message below
 constexpr int64_t kMaxSize = int64_t{1} << 30;

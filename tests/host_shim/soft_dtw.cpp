@@ -67,6 +67,5 @@ PYBIND11_MODULE(LYRA_MODULE, m) {
     settings.shared_bytes = shared_bytes;
   });
   m.attr("LANES") = kLanes;
-  m.attr("STEPS") = kSteps;
-  m.attr("MAX_WARPS") = kMaxWarps;
+  m.attr("RING") = kRing;
 }

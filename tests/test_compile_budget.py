@@ -1,0 +1,69 @@
+"""Kernels stay within the registers that their header promises, and never spill: nvcc knows it without a GPU.
+
+A header says it in lines of the form `budget sm_80: forward_kernel<float> 128, forward_kernel<double> 128`.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+CSRC = Path(__file__).parents[1] / "csrc"
+
+
+def budgets() -> dict[tuple[str, str], dict[str, int]]:
+    """{(op, architecture): {kernel: registers}} as the headers say."""
+    found = {}
+    for header in sorted(CSRC.glob("*/*.cuh")):
+        for arch, kernels in re.findall(r"budget (sm_\w+): (.+)", header.read_text()):
+            said = {kernel: int(registers) for kernel, registers in re.findall(r"(\w+<[^>]+>|\w+) (\d+)", kernels)}
+            found.setdefault((header.stem, arch), {}).update(said)
+    return found
+
+
+def compiled(op: str, arch: str, kernels: list[str], folder: Path) -> dict[str, tuple[int, int]]:
+    """{kernel: (registers, bytes spilled or kept in local memory)}"""
+    taken = ", ".join(f"(void*)lyra::{op}::{kernel}" for kernel in kernels)
+    source = folder / "kernels.cu"
+    source.write_text(f'#include "{op}/{op}.cuh"\nvoid* kernels[] = {{{taken}}};\n')
+    number = arch.removeprefix("sm_")
+    target = f"-gencode=arch=compute_{number},code={arch}"
+    flags = [
+        "-std=c++20",
+        "-O3",
+        "--expt-relaxed-constexpr",
+        "-Xptxas",
+        "-v",
+        target,
+        f"-I{CSRC}",
+        f"-I{CSRC / 'include'}",
+    ]
+    command = ["nvcc", *flags, "-c", str(source), "-o", str(folder / "kernels.o")]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    told = subprocess.run(["c++filt"], input=told, capture_output=True, text=True, check=True).stdout
+    result = {}
+    for part in told.split("Compiling entry function")[1:]:
+        kernel = re.search(rf"lyra::{op}::(\w+(?:<[^>]*>)?)\(", part).group(1)
+        local = [int(x) for x in re.search(r"(\d+) bytes stack frame, (\d+) .*?, (\d+) ", part).groups()]
+        result[kernel] = (int(re.search(r"Used (\d+) registers", part).group(1)), sum(local))
+    return result
+
+
+def test_every_kernel_header_has_a_budget_for_both_architectures():
+    ops = {header.stem for header in CSRC.glob("*/*.cuh")}
+    assert set(budgets()) == {(op, arch) for op in ops for arch in ("sm_80", "sm_90a")}
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize(("op", "arch"), budgets())
+def test_registers_and_spills(op: str, arch: str, tmp_path: Path):
+    allowed = budgets()[op, arch]
+    used = compiled(op, arch, list(allowed), tmp_path)
+    assert set(used) == set(allowed)
+    assert {kernel: spilled for kernel, (_, spilled) in used.items() if spilled} == {}
+    too_many = {k: f"{registers} > {allowed[k]}" for k, (registers, _) in used.items() if registers > allowed[k]}
+    assert too_many == {}
