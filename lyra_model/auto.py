@@ -6,6 +6,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor
 
+from . import nano
 from .config import LyraConfig
 from .modeling import LyraForConditionalGeneration
 from .processor import LyraProcessor
@@ -18,13 +19,13 @@ __all__ = ["LyraConfig", "LyraForConditionalGeneration", "LyraProcessor", "load"
 
 
 def load(name: str | Path, **kwargs) -> tuple[LyraForConditionalGeneration, LyraProcessor]:
-    """Returns (model, processor) of ``"nano"``, of a checkpoint folder or of a hub id.
+    """Returns (model, processor) of ``"nano"``, of a folder written by ``lyra train``, of a checkpoint or of a hub id.
 
     ``kwargs`` go to ``from_pretrained`` of the model.
     """
     if name == "nano":
-        from .nano import load_nano
-
-        return load_nano(**kwargs)
+        return nano.load_nano(**kwargs)
+    if (Path(name) / nano.PROJECTOR_FILE).exists():
+        return nano.load_nano(name, **kwargs)
     model = LyraForConditionalGeneration.from_pretrained(name, **kwargs).eval()
     return model, LyraProcessor.from_pretrained(name)

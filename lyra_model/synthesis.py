@@ -146,6 +146,14 @@ def _make_shard(shard: Path, first: int, texts: list[Text], voices: list[str] | 
     return len(texts)
 
 
+def synthesize_evaluation(out_dir: Path, *, seed: int = 0, workers: int = 1) -> None:
+    """Speak the texts to judge by into a folder per split, half of them by Piper's joe, half by the unseen voice."""
+    for split in ("heldout", "everyday", "demo"):
+        texts = load_texts(split)
+        voices = [("piper:joe", UNSEEN_VOICE)[place % 2] for place in range(len(texts))]
+        synthesize(texts, out_dir / split, seed=seed, workers=workers, voices=voices)
+
+
 def main() -> None:
     """Make the evaluation speech, then the training speech."""
     parser = argparse.ArgumentParser(prog="python -m lyra_model.synthesis", description=main.__doc__)
@@ -154,10 +162,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of texts and voices (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="processes (default: %(default)s)")
     options = parser.parse_args()
-    for split in ("heldout", "everyday", "demo"):
-        texts = load_texts(split)
-        voices = [("piper:joe", UNSEEN_VOICE)[place % 2] for place in range(len(texts))]
-        synthesize(texts, options.out / split, seed=options.seed, workers=options.workers, voices=voices)
+    synthesize_evaluation(options.out, seed=options.seed, workers=options.workers)
     texts = load_texts("train", options.seed)[: options.utterances]
     synthesize(texts, options.out / "train", seed=options.seed, workers=options.workers)
 

@@ -5,6 +5,7 @@ File format: the manual page wndb(5WN).
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -64,8 +65,9 @@ class WordNet:
         return list(found.values())
 
 
+@functools.cache
 def read_wordnet(directory: Path = WORDNET_DIR) -> WordNet:
-    """Read `directory`; WordNetMissingError if it holds no WordNet."""
+    """Read `directory`, once; WordNetMissingError if it holds no WordNet."""
     wordnet = WordNet()
     try:
         for part_of_speech in _PARTS_OF_SPEECH:

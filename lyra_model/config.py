@@ -1,0 +1,54 @@
+"""The configuration of a Lyra model: which parts it is made of and how they are joined."""
+
+from __future__ import annotations
+
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, WhisperConfig
+
+
+class LyraConfig(PreTrainedConfig):
+    """Configuration of :class:`lyra_model.LyraForConditionalGeneration`.
+
+    Args:
+        text_config: configuration of the language model, any causal LM of transformers.
+        speech_config: configuration of the Whisper encoder.
+        speech_token_id: id of the placeholder that stands for one speech token in ``input_ids``.
+        frames_per_token: encoder frames stacked into one speech token; 5 turns 50 frames/s into 10 tokens/s.
+        projector_hidden_size: hidden width of the two-layer projector.
+        window_seconds: longest piece of audio encoded at once; longer audio is cut into such windows.
+        pad_seconds: a window is padded with silence to the next multiple of this. Whisper was trained with 30; 6 is
+            several times faster on short questions at almost the same features.
+
+    ``frames_per_token`` 5, ``projector_hidden_size`` 2048 and 30 s windows are the published model's
+    (Lyra, arXiv 2412.09501, section 3.4; code of dvlab-research/Lyra).
+    """
+
+    model_type = "lyra"
+    sub_configs = {"text_config": AutoConfig, "speech_config": WhisperConfig}
+
+    def __init__(
+        self,
+        text_config: PreTrainedConfig | dict | None = None,
+        speech_config: WhisperConfig | dict | None = None,
+        *,
+        speech_token_id: int = 0,
+        frames_per_token: int = 5,
+        projector_hidden_size: int = 2048,
+        window_seconds: float = 30.0,
+        pad_seconds: float = 30.0,
+        **kwargs,
+    ):
+        if isinstance(text_config, dict):
+            text_config = CONFIG_MAPPING[text_config.get("model_type", "llama")](**text_config)
+        if isinstance(speech_config, dict):
+            speech_config = WhisperConfig(**speech_config)
+        self.text_config = CONFIG_MAPPING["llama"]() if text_config is None else text_config
+        self.speech_config = WhisperConfig() if speech_config is None else speech_config
+        self.speech_token_id = speech_token_id
+        self.frames_per_token = frames_per_token
+        self.projector_hidden_size = projector_hidden_size
+        self.window_seconds = window_seconds
+        self.pad_seconds = pad_seconds
+        super().__init__(**kwargs)
+
+    def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
+        return self.text_config

@@ -1,0 +1,84 @@
+"""Cached encoder features: the frozen speech encoder runs once over the training speech, not once per epoch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from .modeling import LyraForConditionalGeneration
+from .processor import LyraProcessor
+from .speech import SAMPLE_RATE, cut_windows
+from .synthesis import read_shard, shard_paths
+
+BATCH = 16
+
+
+@dataclass
+class Utterance:
+    """``frames`` (F, d) float16 encoder frames, F a multiple of the frames per speech token."""
+
+    frames: np.ndarray
+    text: str
+    voice: str
+    kind: str
+
+
+@torch.inference_mode()
+def encode_shard(shard: Path, out: Path, model: LyraForConditionalGeneration, processor: LyraProcessor) -> None:
+    """Writes the encoder frames of one shard of speech: ``out`` holds all of them, ``out.json`` where each begins."""
+    utterances = list(read_shard(shard))
+    order = sorted(range(len(utterances)), key=lambda u: len(utterances[u].audio))
+    frames: list[np.ndarray] = [None] * len(utterances)
+    for start in range(0, len(order), BATCH):
+        batch = order[start : start + BATCH]
+        clips = [utterances[u].audio.astype(np.float32) / 32768 for u in batch]
+        windows = cut_windows(
+            clips,
+            processor.feature_extractor,
+            frames_per_token=processor.frames_per_token,
+            window_seconds=processor.window_seconds,
+            pad_seconds=processor.pad_seconds,
+        )
+        encoded = model.encode_speech(windows.features, windows.frames)
+        pieces = [f[: n * processor.frames_per_token] for f, n in zip(encoded, windows.tokens.tolist())]
+        for u, clip in zip(batch, clips):
+            count = -(-len(clip) // round(processor.window_seconds * SAMPLE_RATE))
+            frames[u] = torch.cat([pieces.pop(0) for _ in range(count)]).half().numpy()
+    ends = np.cumsum([len(f) for f in frames]).tolist()
+    partial = out.with_name(f"partial-{out.name}")
+    np.save(partial, np.concatenate(frames))
+    index = [{"end": e, "text": u.text, "voice": u.voice, "kind": u.kind} for e, u in zip(ends, utterances)]
+    out.with_suffix(".json").write_text(json.dumps(index))
+    partial.rename(out)  # last: where it lies, the shard is complete
+
+
+def encode_folder(folder: Path, model: LyraForConditionalGeneration, processor: LyraProcessor) -> Path:
+    """Encodes the shards of speech in ``folder`` that are not encoded yet; returns the folder of the features."""
+    out = folder / f"features-{processor.pad_seconds:g}s"
+    out.mkdir(exist_ok=True)
+    missing = [shard for shard in shard_paths(folder) if not (out / shard.name).exists()]
+    for shard in tqdm(missing, desc=f"encoding {folder.name}", unit="shard", disable=not missing):
+        encode_shard(shard, out / shard.name, model, processor)
+    return out
+
+
+def load_features(folder: Path, count: int | None = None) -> list[Utterance]:
+    """The first ``count`` utterances encoded in ``folder``, in order; the frames stay on disk until they are read."""
+    utterances: list[Utterance] = []
+    for path in sorted(folder.glob("[0-9]*.npy")):
+        if count is not None and len(utterances) >= count:
+            break
+        frames = np.load(path, mmap_mode="r")
+        begin = 0
+        for row in json.loads(path.with_suffix(".json").read_text()):
+            end = row.pop("end")
+            utterances.append(Utterance(frames[begin:end], **row))
+            begin = end
+    if count is not None and len(utterances) < count:
+        raise ValueError(f"utterances: got {len(utterances)} encoded in {folder}, expected {count}")
+    return utterances[:count]

@@ -1,0 +1,151 @@
+"""The Lyra model: a causal language model that reads speech tokens at placeholders in its input."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from .config import LyraConfig
+from .speech import SpeechProjector, encode_windows
+
+ENCODER_BATCH = 8  # windows encoded at once: bounds the memory of hours of audio
+
+
+class LyraForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """Speech encoder, projector and language model joined (Lyra, arXiv 2412.09501, figure 2).
+
+    Speech enters as the fields that :class:`lyra_model.LyraProcessor` makes: ``input_features`` (W, bins, F) log-mel
+    windows, ``feature_frames`` (W,) mel frames of each window, ``speech_tokens`` (W,) speech tokens of each window; their
+    tokens replace, in order, the embeddings of ``config.speech_token_id`` in ``input_ids``.
+
+    Adapters named ``speech`` (peft) belong to inputs with speech: :meth:`generate` runs them for such inputs only.
+    """
+
+    config_class = LyraConfig
+    config: LyraConfig
+    base_model_prefix = "lyra"
+    main_input_name = "input_ids"
+    input_modalities = ("audio", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _no_split_modules = ["WhisperEncoderLayer"]
+
+    def __init__(self, config: LyraConfig):
+        super().__init__(config)
+        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.speech_encoder = WhisperEncoder._from_config(config.speech_config)
+        self.speech_projector = SpeechProjector(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def encode_speech(self, input_features: Tensor, feature_frames: Tensor) -> list[Tensor]:
+        """Returns the encoder frames (F_w, d) of each window.
+
+        Windows of one length are encoded together, never padded to a longer one: silence behind a window changes its
+        features, so a clip must not depend on what else is in the batch.
+        """
+        frames: list[Tensor | None] = [None] * len(feature_frames)
+        lengths = feature_frames.tolist()
+        dtype = self.speech_encoder.conv1.weight.dtype
+        for length in sorted(set(lengths)):
+            same = [w for w, n in enumerate(lengths) if n == length]
+            for chunk in (same[i : i + ENCODER_BATCH] for i in range(0, len(same), ENCODER_BATCH)):
+                for w, encoded in zip(
+                    chunk, encode_windows(self.speech_encoder, input_features[chunk, :, :length].to(dtype))
+                ):
+                    frames[w] = encoded
+        return frames
+
+    def get_speech_features(self, input_features: Tensor, feature_frames: Tensor, speech_tokens: Tensor) -> Tensor:
+        """Returns the speech tokens of all windows one after the other: (sum of ``speech_tokens``, LLM width)."""
+        per_token = self.config.frames_per_token
+        frames = self.encode_speech(input_features, feature_frames)
+        kept = torch.cat([f[: n * per_token] for f, n in zip(frames, speech_tokens.tolist())])
+        return self.speech_projector(kept.to(self.speech_projector.linear_1.weight.dtype))
+
+    def embed(self, input_ids: Tensor, speech: Tensor | None = None) -> Tensor:
+        """Embeds ``input_ids`` (B, L) and puts ``speech`` (S, LLM width), in order, at the S placeholders."""
+        placeholder = input_ids == self.config.speech_token_id
+        # The placeholder may lie outside the language model's vocabulary: look up row 0 there, then replace it.
+        embeds = self.get_input_embeddings()(input_ids.masked_fill(placeholder, 0))
+        if speech is None:
+            return embeds
+        if not torch.compiler.is_compiling() and int(placeholder.sum()) != len(speech):
+            raise ValueError(
+                f"input_ids: got {int(placeholder.sum())} speech placeholders (id {self.config.speech_token_id}), "
+                f"expected {len(speech)}, one for each speech token"
+            )
+        return embeds.masked_scatter(placeholder[..., None], speech.to(embeds.dtype))
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        input_features: Tensor | None = None,
+        feature_frames: Tensor | None = None,
+        speech_tokens: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        if inputs_embeds is None:
+            speech = None
+            if input_features is not None:
+                speech = self.get_speech_features(input_features, feature_frames, speech_tokens)
+            inputs_embeds = self.embed(input_ids, speech)
+        return self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            labels=labels,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+
+    def prepare_inputs_for_generation(self, *args, is_first_iteration: bool = False, **kwargs) -> dict:
+        inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            # The speech is in the cache after the first step.
+            for name in ("input_features", "feature_frames", "speech_tokens"):
+                inputs.pop(name, None)
+        return inputs
+
+    def generate(self, *args, **kwargs):
+        """``GenerationMixin.generate``; the peft adapters work where the input holds speech and rest where it does not.
+
+        The choice is made for the whole batch, as in the published code (section 3.2's M(x) per request).
+        """
+        if self._hf_peft_config_loaded:
+            if kwargs.get("input_features") is not None:
+                self.enable_adapters()
+            else:
+                self.disable_adapters()
+        return super().generate(*args, **kwargs)
+
+    def save_pretrained(self, save_directory, **kwargs) -> None:
+        """Writes the whole model, and a loaded adapter beside it as a peft directory that ``from_pretrained`` finds."""
+        if not self._hf_peft_config_loaded:
+            return super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, **kwargs)  # with an adapter loaded, transformers writes that alone
+        base = {k.replace(".base_layer", ""): v for k, v in self.state_dict().items() if ".lora_" not in k}
+        self._hf_peft_config_loaded = False
+        try:
+            super().save_pretrained(save_directory, state_dict=base, **kwargs)
+        finally:
+            self._hf_peft_config_loaded = True

@@ -1,0 +1,287 @@
+"""``lyra train``: trains the speech path of nano Lyra on synthetic speech, in two stages.
+
+1. *align*: the projector alone, CTC between speech tokens and vocabulary rows, no language model pass: cheap.
+2. *joint*: projector and a small peft LoRA, cross-entropy of the reply + lambda * cross-modality regularizer
+   (Lyra, arXiv 2412.09501, equations 1 and 2). Replies: repeat what was said; answer a question as the language model
+   itself answers it when it is typed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig
+from peft.helpers import disable_input_dtype_casting
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from . import nano
+from .corpus import load_texts
+from .features import Utterance, encode_folder, load_features
+from .modeling import LyraForConditionalGeneration
+from .processor import SPEECH_TOKEN, LyraProcessor
+from .regularizer import cross_modality_loss, ctc_alignment_loss
+from .synthesis import synthesize
+from .targets import REPEAT, answer_questions
+
+ADAPTER = "speech"
+SPAN = 50  # batches sorted by length together: little padding, still random order
+
+
+@dataclass
+class Settings:
+    """Everything that decides the trained weights; written beside them."""
+
+    utterances: int = 30_000
+    align_steps: int = 4000
+    align_batch: int = 64
+    align_lr: float = 1e-3
+    joint_steps: int = 2000
+    joint_batch: int = 16
+    joint_lr: float = 3e-4
+    regularizer: float = 0.5
+    temperature: float = 0.06
+    gamma: float = 0.1
+    lora_rank: int = 8
+    frame_dropout: float = 0.1
+    seed: int = 0
+
+
+class AlignStage(nn.Module):
+    """CTC pre-alignment of the projector."""
+
+    def __init__(self, model: LyraForConditionalGeneration, processor: LyraProcessor, settings: Settings):
+        super().__init__()
+        self.projector = model.speech_projector
+        self.blank = nn.Parameter(torch.zeros(model.config.text_config.hidden_size))
+        self.embedding = [model.get_input_embeddings().weight.detach()]  # in a list: frozen, not part of the stage
+        self.tokenizer = processor.tokenizer
+        self.dropout = nn.Dropout(settings.frame_dropout)
+
+    def forward(self, batch: list[Utterance]) -> dict[str, Tensor]:
+        frames, lengths = pad_frames(batch, self.projector.frames_per_token)
+        speech = self.projector(self.dropout(frames))
+        ids = [torch.tensor(self.tokenizer(u.text, add_special_tokens=False)["input_ids"]) for u in batch]
+        return {"loss": ctc_alignment_loss(speech, self.embedding[0], self.blank, ids, lengths)}
+
+
+class JointStage(nn.Module):
+    """Cross-entropy of the reply plus ``settings.regularizer`` times the cross-modality regularizer."""
+
+    def __init__(
+        self,
+        model: LyraForConditionalGeneration,
+        processor: LyraProcessor,
+        settings: Settings,
+        answers: dict[str, str],
+    ):
+        super().__init__()
+        self.model, self.settings, self.answers = model, settings, answers
+        self.tokenizer = processor.tokenizer
+        self.processor = processor
+        self.dropout = nn.Dropout(settings.frame_dropout)
+
+    def forward(self, batch: list[Utterance]) -> dict[str, Tensor]:
+        model, settings = self.model, self.settings
+        frames, lengths = pad_frames(batch, model.config.frames_per_token)
+        speech = model.speech_projector(self.dropout(frames))
+        ids, labels = self.prompts(batch, lengths.tolist())
+        kept = torch.arange(speech.shape[1]) < lengths[:, None]
+        embeds = model.embed(ids, speech[kept])
+        with disable_input_dtype_casting(model):
+            hidden = model.language_model.get_decoder()(
+                inputs_embeds=embeds, attention_mask=(ids != self.tokenizer.pad_token_id).long(), use_cache=False
+            ).last_hidden_state
+        reply = labels[:, 1:] != -100
+        logits = model.get_output_embeddings()(hidden[:, :-1][reply])
+        cross_entropy = nn.functional.cross_entropy(logits.float(), labels[:, 1:][reply])
+        losses = {"cross_entropy": cross_entropy, "loss": cross_entropy}
+        if settings.regularizer:
+            said = [torch.tensor(self.tokenizer(u.text, add_special_tokens=False)["input_ids"]) for u in batch]
+            losses["regularizer"] = cross_modality_loss(
+                speech,
+                model.get_input_embeddings()(pad_sequence(said, batch_first=True)).detach(),
+                lengths,
+                torch.tensor([len(s) for s in said]),
+                temperature=settings.temperature,
+                gamma=settings.gamma,
+            )
+            losses["loss"] = cross_entropy + settings.regularizer * losses["regularizer"]
+        return losses
+
+    def prompts(self, batch: list[Utterance], lengths: list[int]) -> tuple[Tensor, Tensor]:
+        """Token ids and labels (-100 outside the reply), padded on the right."""
+        ids, labels = [], []
+        for utterance, length in zip(batch, lengths):
+            answer = self.answers.get(utterance.text)
+            content = [{"type": "text", "text": SPEECH_TOKEN * length + ("" if answer else f"\n{REPEAT}")}]
+            prompt = self.processor.apply_chat_template(
+                [{"role": "user", "content": content}], add_generation_prompt=True
+            )
+            prompt_ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+            reply = self.tokenizer(answer or f"{utterance.text}<|im_end|>", add_special_tokens=False)["input_ids"]
+            ids.append(torch.tensor(prompt_ids + reply))
+            labels.append(torch.tensor([-100] * len(prompt_ids) + reply))
+        pad = self.tokenizer.pad_token_id
+        return (
+            pad_sequence(ids, batch_first=True, padding_value=pad),
+            pad_sequence(labels, batch_first=True, padding_value=-100),
+        )
+
+
+def pad_frames(batch: list[Utterance], frames_per_token: int) -> tuple[Tensor, Tensor]:
+    """Returns (B, F, d) float32 encoder frames padded with zeros and the (B,) number of speech tokens."""
+    frames = pad_sequence([torch.from_numpy(u.frames.astype(np.float32)) for u in batch], batch_first=True)
+    return frames, torch.tensor([len(u.frames) // frames_per_token for u in batch])
+
+
+def batches(utterances: list[Utterance], size: int, seed: int) -> Iterator[list[Utterance]]:
+    """Endless batches of utterances of like length, every utterance once per round."""
+    rng = np.random.default_rng(seed)
+    while True:
+        order = rng.permutation(len(utterances))
+        for start in range(0, len(order), size * SPAN):
+            span = sorted(order[start : start + size * SPAN], key=lambda u: len(utterances[u].frames))
+            rows = [span[i : i + size] for i in range(0, len(span), size)]
+            for r in rng.permutation(len(rows)):
+                yield [utterances[u] for u in rows[r]]
+
+
+def fit(stage: nn.Module, data: Iterator[list[Utterance]], *, steps: int, lr: float, out: Path, name: str) -> None:
+    """Runs ``steps`` steps of AdamW with warm-up and cosine decay; resumes from ``out/name.pt`` if it is there."""
+    accelerator = Accelerator(mixed_precision="bf16")
+    trained = {n: p for n, p in stage.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=lr, weight_decay=0.0)
+    warmup = max(1, min(100, steps // 10))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min((s + 1) / warmup, 0.5 * (1 + np.cos(np.pi * min(1.0, s / steps))) + 0.01)
+    )
+    checkpoint, log = out / f"{name}.pt", out / f"{name}.jsonl"
+    done = 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint)
+        done = state["step"]
+        with torch.no_grad():
+            for n, p in trained.items():
+                p.copy_(state["weights"][n])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        torch.set_rng_state(state["rng"])
+    stage, optimizer = accelerator.prepare(stage, optimizer)
+    stage.train()
+    for _ in range(done):
+        next(data)  # the batches that the checkpoint has seen
+    began = time.monotonic()
+    with (
+        tqdm(total=steps, initial=done, desc=name, disable=not accelerator.is_main_process) as bar,
+        log.open("a") as file,
+    ):
+        for step in range(done, steps):
+            losses = stage(next(data))
+            accelerator.backward(losses["loss"])
+            accelerator.clip_grad_norm_(trained.values(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            bar.update()
+            if step % 20 == 19 or step + 1 == steps:
+                row = {"step": step + 1, "seconds": round(time.monotonic() - began, 1)}
+                row |= {k: round(float(v), 4) for k, v in losses.items()}
+                bar.set_postfix({k: row[k] for k in losses})
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+            if (step % 200 == 199 or step + 1 == steps) and accelerator.is_main_process:
+                state = {
+                    "step": step + 1,
+                    "weights": {n: p.detach() for n, p in trained.items()},
+                    "optimizer": optimizer.state_dict(),
+                    "schedule": schedule.state_dict(),
+                    "rng": torch.get_rng_state(),
+                }
+                torch.save(state, checkpoint.with_suffix(".tmp"))
+                checkpoint.with_suffix(".tmp").rename(checkpoint)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = __doc__.split("\n")[0]
+    parser.add_argument("--out", type=Path, default=Path("out/nano"), help="folder for weights, log and checkpoints")
+    parser.add_argument("--cache", type=Path, default=Path(".cache/speech"), help="folder for speech and features")
+    parser.add_argument(
+        "--init", type=Path, help="start the joint stage from the projector in this folder; no align stage"
+    )
+    parser.add_argument("--workers", type=int, default=2, help="processes that synthesize speech, default 2")
+    for field in dataclasses.fields(Settings):
+        name = "--" + field.name.replace("_", "-")
+        parser.add_argument(name, type=type(field.default), default=field.default, help=f"default {field.default}")
+
+
+def run(args: argparse.Namespace) -> int:
+    settings = Settings(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Settings)})
+    args.out.mkdir(parents=True, exist_ok=True)
+    base = nano.assembled()
+    model = LyraForConditionalGeneration.from_pretrained(base, attn_implementation="eager")  # fastest on a CPU in bf16
+    processor = LyraProcessor.from_pretrained(base)
+    speech = args.cache / "train"
+    synthesize(load_texts("train", 0)[: settings.utterances], speech, workers=args.workers)
+    utterances = load_features(encode_folder(speech, model, processor), settings.utterances)
+    questions = [u.text for u in utterances if u.kind == "question"]
+    answers = answer_questions(questions, model, processor, args.cache / "answers.json")
+    train(model, processor, utterances, answers, settings, args.out, init=args.init)
+    return 0
+
+
+def train(
+    model: LyraForConditionalGeneration,
+    processor: LyraProcessor,
+    utterances: list[Utterance],
+    answers: dict[str, str],
+    settings: Settings,
+    out: Path,
+    init: Path | None = None,
+) -> None:
+    """Runs both stages on ``model`` and writes projector, adapter and settings to ``out``."""
+    torch.manual_seed(settings.seed)
+    model.requires_grad_(False)
+    model.speech_projector.requires_grad_(True)
+    if init:
+        model.speech_projector.load_state_dict(load_file(init / nano.PROJECTOR_FILE))
+    else:
+        model.speech_projector.apply(_reset)
+        stage = AlignStage(model, processor, settings)
+        data = batches(utterances, settings.align_batch, settings.seed)
+        fit(stage, data, steps=settings.align_steps, lr=settings.align_lr, out=out, name="align")
+    if settings.joint_steps:
+        model.language_model.to(torch.bfloat16)  # frozen: the format of the multiplications under autocast anyway
+        targets = r"language_model\..*\.(q_proj|k_proj|v_proj|o_proj)"
+        lora = LoraConfig(r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, target_modules=targets)
+        model.add_adapter(lora, ADAPTER)
+        stage = JointStage(model, processor, settings, answers)
+        data = batches(utterances, settings.joint_batch, settings.seed + 1)
+        fit(stage, data, steps=settings.joint_steps, lr=settings.joint_lr, out=out, name="joint")
+    save(model, settings, out)
+
+
+def save(model: LyraForConditionalGeneration, settings: Settings, out: Path) -> None:
+    """Writes what was trained: the projector, the adapter as a peft directory, the settings."""
+    state = {name: p.detach().to(torch.bfloat16) for name, p in model.speech_projector.state_dict().items()}
+    save_file(state, out / nano.PROJECTOR_FILE)
+    if model._hf_peft_config_loaded:
+        PreTrainedModel.save_pretrained(model, out)  # transformers' own: the adapter alone
+    (out / "training.json").write_text(json.dumps(dataclasses.asdict(settings), indent=1) + "\n")
+
+
+def _reset(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        module.reset_parameters()

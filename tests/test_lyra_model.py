@@ -1,0 +1,161 @@
+"""The small model end to end, on tiny random weights: batches, windows, checkpoints, errors."""
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+from transformers import LlamaConfig, PreTrainedTokenizerFast, WhisperConfig, WhisperFeatureExtractor
+
+import lyra_model
+from lyra_model.nano import CHAT_TEMPLATE
+from lyra_model.processor import SPEECH_TOKEN
+from lyra_model.speech import cut_windows, encode_windows
+
+
+def tone(seconds: float, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return (0.1 * rng.standard_normal(round(seconds * 16000))).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A random model of the real classes, and its processor over a byte vocabulary."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    torch.manual_seed(0)
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", SPEECH_TOKEN]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(specials[:3] + alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(specials)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<|endoftext|>", eos_token="<|im_end|>")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    vocabulary = 3 + len(alphabet)
+    config = lyra_model.LyraConfig(
+        LlamaConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            vocab_size=vocabulary, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        ),
+        WhisperConfig(d_model=24, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=48, num_mel_bins=80),
+        speech_token_id=tokenizer.convert_tokens_to_ids(SPEECH_TOKEN),
+        projector_hidden_size=16,
+        pad_seconds=6.0,
+    )  # fmt: skip
+    model = lyra_model.LyraForConditionalGeneration(config).eval()
+    for parameter in model.parameters():  # the usual initial scale is so small that every answer is the same
+        parameter.data.mul_(3)
+    processor = lyra_model.LyraProcessor(WhisperFeatureExtractor(feature_size=80), tokenizer, pad_seconds=6.0)
+    return model, processor
+
+
+def conversation(clip=None, text=None):
+    parts = [] if clip is None else [{"type": "audio", "audio": clip}]
+    return [{"role": "user", "content": parts + ([{"type": "text", "text": text}] if text else [])}]
+
+
+def ask(tiny, conversations, **kwargs):
+    model, processor = tiny
+    inputs = processor.apply_chat_template(conversations, tokenize=True, add_generation_prompt=True)
+    output = model.generate(**inputs, max_new_tokens=8, do_sample=False, pad_token_id=0, **kwargs)
+    return output[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+@pytest.mark.parametrize(
+    "seconds, tokens", [(0.05, 1), (0.1, 1), (2.34, 24), (29.9, 299), (30.0, 300), (30.05, 301), (61.0, 610)]
+)
+def test_a_clip_gives_ten_tokens_a_second_and_none_for_padding(tiny, seconds, tokens):
+    model, processor = tiny
+    inputs = processor.apply_chat_template(conversation(tone(seconds)), tokenize=True)
+    assert int((inputs["input_ids"] == model.config.speech_token_id).sum()) == tokens
+    fields = [inputs[name] for name in ("input_features", "feature_frames", "speech_tokens")]
+    assert model.get_speech_features(*fields).shape == (tokens, 32)
+
+
+def test_thirty_second_windows_equal_the_encoder_of_transformers(tiny):
+    model, processor = tiny
+    windows = cut_windows([tone(7)], processor.feature_extractor, pad_seconds=30.0)
+    assert windows.features.shape == (1, 80, 3000) and windows.tokens.tolist() == [70]
+    with torch.no_grad():
+        theirs = model.speech_encoder(windows.features).last_hidden_state
+        ours = encode_windows(model.speech_encoder, windows.features)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_a_batch_answers_as_its_samples_alone(tiny):
+    conversations = [
+        conversation(tone(1.7, 1)),
+        conversation(tone(8.2, 2), "Repeat."),
+        conversation(tone(31, 3), "What?"),
+    ]
+    assert ask(tiny, conversations) == [ask(tiny, [c])[0] for c in conversations]
+
+
+def test_speech_changes_the_answer_and_padding_content_does_not(tiny):
+    model, processor = tiny
+    inputs = processor.apply_chat_template([conversation(tone(2)), conversation(tone(9))], tokenize=True)
+    with torch.no_grad():
+        logits = model(**inputs).logits
+        padded = inputs["input_features"].clone()
+        padded[0, :, 600:] = torch.nan  # behind the first clip's own 6 s window
+        torch.testing.assert_close(model(**{**inputs, "input_features": padded}).logits, logits)
+        other = processor.apply_chat_template([conversation(tone(2, 5)), conversation(tone(9, 6))], tokenize=True)
+        assert not torch.allclose(model(**other).logits, logits)
+
+
+def test_generation_with_and_without_cache_agree(tiny):
+    assert ask(tiny, [conversation(tone(3))]) == ask(tiny, [conversation(tone(3))], use_cache=False)
+
+
+def test_checkpoint_round_trip_through_auto_classes(tiny, tmp_path):
+    from transformers import AutoModelForMultimodalLM, AutoProcessor
+
+    model, processor = tiny
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded = lyra_model.load(tmp_path)
+    assert type(AutoModelForMultimodalLM.from_pretrained(tmp_path)) is type(model)
+    assert AutoProcessor.from_pretrained(tmp_path).pad_seconds == 6.0
+    question = [conversation(tone(4), "Hm?")]
+    assert ask(loaded, question) == ask(tiny, question)
+
+
+def test_adapter_works_on_speech_only(tiny, tmp_path):
+    pytest.importorskip("peft")
+    from peft import LoraConfig
+
+    model, processor = tiny
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    adapted = lyra_model.load(tmp_path)
+    target = r"language_model\..*\.q_proj"
+    adapted[0].add_adapter(LoraConfig(r=4, target_modules=target, init_lora_weights=False, lora_alpha=64), "speech")
+    assert ask(adapted, [conversation(text="Typed?")]) == ask(tiny, [conversation(text="Typed?")])
+    spoken = ask(adapted, [conversation(tone(2))])
+    assert spoken != ask(tiny, [conversation(tone(2))])
+    adapted[0].save_pretrained(tmp_path / "whole")
+    processor.save_pretrained(tmp_path / "whole")
+    assert ask(lyra_model.load(tmp_path / "whole"), [conversation(tone(2))]) == spoken
+
+
+def test_placeholders_and_clips_must_match(tiny):
+    model, processor = tiny
+    with pytest.raises(ValueError, match="audio: got 0 clips, expected 1"):
+        processor(f"hello {SPEECH_TOKEN}")
+    with pytest.raises(ValueError, match="content part: got type 'smell'"):
+        processor.apply_chat_template([{"role": "user", "content": [{"type": "smell"}]}])
+    inputs = processor.apply_chat_template(conversation(tone(2)), tokenize=True)
+    with pytest.raises(ValueError, match="got 19 speech placeholders .* expected 20"):
+        model(
+            **{
+                **inputs,
+                "input_ids": inputs["input_ids"].masked_fill(
+                    torch.arange(inputs["input_ids"].shape[1])
+                    == (inputs["input_ids"][0] == model.config.speech_token_id).nonzero()[0, 0],
+                    5,
+                ),
+            }
+        )
+    with pytest.raises(ValueError, match="pad_seconds: got 7"):
+        cut_windows([tone(1)], processor.feature_extractor, pad_seconds=7.0)
