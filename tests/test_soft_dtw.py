@@ -109,7 +109,7 @@ def test_matches_ddtw(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_int_band_keeps_the_documented_cells_and_always_a_path(n: int, m: int, backend: str) -> None:
     cost = random(1, n, m).abs()
-    for w in (0, 1, 3, 100):
+    for w in (0, 1, 3, 2**62):
         outside = cost.masked_fill(~in_band(n, m, w), math.inf)
         value, gradient = value_and_gradient(cost.to(device_of(backend)), gamma=0.5, band=w, backend=backend)
         want, alignment = value_and_gradient(outside, gamma=0.5, backend="reference")
@@ -360,6 +360,16 @@ def test_strided_costs_are_taken_as_they_are(backend: str) -> None:
         value = soft_dtw_from_cost(leaf, gamma=0.4, backend=backend)
         assert torch.equal(value, want[0])
         assert torch.equal(torch.autograd.grad(value.sum(), leaf)[0], want[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_alignment_and_path_in_inference_mode(backend: str) -> None:
+    cost = random(2, 4, 3).to(device_of(backend))
+    want, steps = soft_dtw_alignment(cost, gamma=0.5, backend=backend), dtw_path(cost)
+    with torch.inference_mode():
+        cost, lengths = cost.clone(), torch.full((2,), 4)
+        assert torch.equal(soft_dtw_alignment(cost, lengths, gamma=0.5, backend=backend), want)
+        assert all(torch.equal(a, b) for a, b in zip(dtw_path(cost, lengths), steps))
 
 
 def test_gradient_checkpointing() -> None:

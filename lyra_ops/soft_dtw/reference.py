@@ -92,9 +92,9 @@ def soft_dtw(
 
 def alignment(cost: Tensor, *args: object, differentiable: bool = False) -> Tensor:
     """Expected alignment E = d soft_dtw / d cost, (B, N, M); arguments as `soft_dtw`."""
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
         if not differentiable:
-            cost = cost.detach().requires_grad_()
+            cost = cost.detach().clone().requires_grad_()  # a tensor of inference mode itself can never have a gradient
         value = soft_dtw(cost, *args)
         return torch.autograd.grad(value.sum(), cost, create_graph=differentiable)[0]
 
@@ -109,7 +109,7 @@ def inside_band(x_lengths: Tensor, y_lengths: Tensor, rows: int, columns: int, b
         # |j - i slope| <= max(band, slope/2 + 1/2), slope = (m-1)/(n-1), times 2 (n-1) to stay in whole numbers;
         # a single row (n = 1) then is inside everywhere.
         distance = (2 * (j * (n - 1) - i * (m - 1))).abs()
-        inside = inside & (distance <= torch.maximum(2 * band * (n - 1), n + m - 2))
+        inside = inside & (distance <= torch.maximum(2 * min(band, columns) * (n - 1), n + m - 2))
     elif band is not None:
         low, high = band
         inside = inside & (j >= low[:, :, None]) & (j <= high[:, :, None])
