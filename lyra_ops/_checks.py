@@ -63,8 +63,7 @@ def check_lengths(name: str, lengths: object, batch: int, size: int, device: tor
         lengths = torch.as_tensor(lengths)
     check_tensor(name, lengths, shape=(batch,), dtypes=INT_DTYPES)
     if readable(lengths):
-        bad = (lengths < least) | (lengths > size)
-        if bool(bad.any()):
-            b = int(bad.nonzero()[0])
-            raise ValueError(f"{name}: sample {b} has length {int(lengths[b])}, expected {least} to {size}")
-    return lengths.to(device=device, dtype=torch.int64)
+        for b, length in enumerate(lengths.tolist()):
+            if not least <= length <= size:
+                raise ValueError(f"{name}: sample {b} has length {length}, expected {least} to {size}")
+    return lengths.to(device=device, dtype=torch.int64).contiguous()

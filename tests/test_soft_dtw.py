@@ -372,6 +372,15 @@ def test_alignment_and_path_in_inference_mode(backend: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(dtw_path(cost, lengths), steps))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lengths_may_be_a_list_strided_or_int32(backend: str) -> None:
+    cost = random(3, 6, 5).to(device_of(backend))
+    strided = torch.tensor([6, 0, 2, 0, 3, 0], device=cost.device)[::2]
+    want = soft_dtw_from_cost(cost, torch.tensor([6, 2, 3], device=cost.device), backend=backend)
+    for lengths in ([6, 2, 3], strided, strided.int()):
+        assert torch.equal(soft_dtw_from_cost(cost, lengths, backend=backend), want)
+
+
 def test_gradient_checkpointing() -> None:
     x, y = random(2, 6, 4).requires_grad_(), random(2, 5, 4, seed=1)
     (want,) = torch.autograd.grad(soft_dtw(x, y).sum(), x)

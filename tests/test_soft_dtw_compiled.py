@@ -107,6 +107,7 @@ def test_a_prohibitive_cost_closes_a_cell(mask: float, backend: str) -> None:
     want = value_and_gradient(cost.masked_fill(closed, math.inf), gamma=0.1, backend=backend)
     for a, b in zip(got, want):
         assert torch.equal(a, b)
+    assert (got[1][:, closed] == 0).all()
 
 
 sizes = st.integers(1, 40)

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from lyra_ops._backend import choose, missing_kernel
-from lyra_ops._checks import FLOAT_DTYPES, INT_DTYPES, check_lengths, check_option, check_tensor
+from lyra_ops._checks import FLOAT_DTYPES, INT_DTYPES, check_lengths, check_option, check_tensor, readable
 from lyra_ops.soft_dtw import reference
 
 COSTS = ("sqeuclidean", "l1", "cosine", "contrastive")
@@ -174,8 +174,7 @@ def _check(shape, device, x_lengths, y_lengths, gamma, band, drop_cost, names=("
 
     if isinstance(gamma, Tensor):
         check_tensor("gamma", gamma, shape=(batch,) if gamma.dim() else (), dtypes=FLOAT_DTYPES, device=device)
-        readable = device.type == "cpu" and not torch.compiler.is_compiling()
-        if readable and not bool((gamma > 0).all()):
+        if readable(gamma) and not bool((gamma > 0).all()):
             raise ValueError("gamma: got a tensor with values <= 0 or NaN, expected > 0 (hard DTW is the float 0)")
     elif not isinstance(gamma, (int, float)):
         raise TypeError(f"gamma: got {type(gamma).__name__}, expected a float or a tensor")
