@@ -6,10 +6,10 @@
 // integer of its own. No exp or log stands on the dependent chain, and the error does not grow with R / gamma, as it
 // does when differences of a stored R are taken.
 //
-// Probs.  probs[b,i,j] = (Z_{i-1,j-1}, Z_{i-1,j}) / their sum with Z_{i,j-1}: how the path came into the cell. The third
-// share is (1 - first) - second in the arithmetic of the dtype; forward stores a second share that makes it >= 0, and 0
-// where nothing came from the left: so the shares sum to one, and no weight ever leaks into a cell without a path.
-// Everything outside the pair or the band is 0. The pair's last cell, (n-1, m-1), also carries the verdict on the pair:
+// Probs.  probs[b,i,j] = (Z_{i-1,j-1}, Z_{i-1,j}) / their sum with Z_{i,j-1}: how the path came into the cell. The
+// third share is (1 - first) - second in the arithmetic of the dtype; forward stores a second share that makes it >= 0,
+// and 0 where nothing came from the left: so no weight ever leaks into a cell without a path. Everything outside the
+// pair or the band is 0. The pair's last cell, (n-1, m-1), also carries the verdict on the pair:
 //     (1, 1): there is no path, value +inf, gradient 0;      NaN: NaN or -inf among its costs, value and gradient NaN.
 //
 // Backward.  E_ij = share of E from the three successors, E_{n-1,m-1} = 1; grad_cost = grad_value E. A pure sum of
@@ -49,8 +49,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lyra, m) {
 namespace lyra {
 namespace {
 
-constexpr int kLanes = 8;  // pairs that go through the recursion side by side; what one gets does not depend on the rest
-
+// Pairs that go through the recursion side by side. What one gets does not depend on the others.
+constexpr int kLanes = 8;
 template <typename T>
 struct Lanes {
   typedef T Type __attribute__((vector_size(kLanes * sizeof(T))));
@@ -187,8 +187,8 @@ LYRA_INLINE void forward_lanes(const Forward<S>& f, const Pair* pairs) {
   Buffer<Vec<T>> mantissas(f.columns + 1), costs(f.columns);
   Buffer<Vec<Int>> exponents(f.columns + 1, Scaled<T>{}.exponent);
   Buffer<Vec<S>> firsts(f.columns), seconds(f.columns);
-  // Entry j + 1 of the row buffers is column j of the row above, until this row has passed there. The origin, from which
-  // the first cell is reached diagonally, stands before the first column.
+  // Entry j + 1 of the row buffers is column j of the row above, until this row has passed there. The origin, from
+  // which the first cell is reached diagonally, stands before the first column.
   mantissas[0] += T(1);
   exponents[0] = Vec<Int>{};
   Vec<double> limits;
@@ -242,8 +242,8 @@ LYRA_INLINE void forward_lanes(const Forward<S>& f, const Pair* pairs) {
       if (i != pairs[l].n - 1) continue;
       const T mantissa = mantissas[high + 1][l];
       const double bits = std::log2(static_cast<double>(mantissa)) + static_cast<double>(exponents[high + 1][l]);
-      f.value[pairs[l].index] = mantissa > 0 ? static_cast<S>(-f.gamma * 0.6931471805599453 * bits)
-                                             : std::numeric_limits<S>::infinity();
+      f.value[pairs[l].index] =
+          mantissa > 0 ? static_cast<S>(-f.gamma * 0.6931471805599453 * bits) : std::numeric_limits<S>::infinity();
       if (!(mantissa > 0)) to[2 * high] = to[2 * high + 1] = S(1);
     }
   }
@@ -306,7 +306,7 @@ LYRA_SIMD void run(const Backward<double>& f, const Pair* pairs) { backward_lane
 
 // What has to be known of a pair's costs before the recursion.
 struct Survey {
-  bool bad = false;     // NaN or -inf among them
+  bool bad = false;    // NaN or -inf among them
   double largest = 0;  // |cost / gamma| log2(e) of the finite ones
 };
 
@@ -434,8 +434,15 @@ std::tuple<Tensor, Tensor> forward(const Tensor& given, const Tensor& x_lengths,
   Tensor value = torch::stable::new_empty(cost, {batch});
   Tensor probs = torch::stable::new_empty(cost, {batch, rows, columns, 2});
   const auto go = [&]<typename S>(S) {
-    const Forward<S> f{cost.const_data_ptr<S>(), cost.stride(0), cost.stride(1), value.mutable_data_ptr<S>(),
-                       probs.mutable_data_ptr<S>(), rows, columns, gamma, scale};
+    const Forward<S> f{cost.const_data_ptr<S>(),
+                       cost.stride(0),
+                       cost.stride(1),
+                       value.mutable_data_ptr<S>(),
+                       probs.mutable_data_ptr<S>(),
+                       rows,
+                       columns,
+                       gamma,
+                       scale};
     forward_batch(f, x_lengths.const_data_ptr<int64_t>(), y_lengths.const_data_ptr<int64_t>(), batch, band);
   };
   cost.scalar_type() == ScalarType::Float ? go(float{}) : go(double{});
