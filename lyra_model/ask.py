@@ -15,17 +15,13 @@ SPEECH_OUTPUT = "Piper text-to-speech (not yet Lyra's own speech generator)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--audio", type=Path, help="the question as wav, flac, ogg or mp3, any sample rate, mono or stereo"
-    )
+    parser.add_argument("--audio", type=Path, help="the question: wav, flac, ogg or mp3, any rate, mono or stereo")
     parser.add_argument("--text", help="the question as text; with --audio, what to do with the audio")
-    parser.add_argument(
-        "--speak", type=Path, metavar="OUT.wav", help=f"also write the answer as speech, by {SPEECH_OUTPUT}"
-    )
+    parser.add_argument("--speak", type=Path, metavar="OUT.wav", help=f"also write speech, by {SPEECH_OUTPUT}")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the answer")
     parser.add_argument("--model", default="nano", help="nano, a checkpoint folder or a hub id; default nano")
     parser.add_argument(
-        "--max-new-tokens", type=int, default=MAX_NEW_TOKENS, help=f"longest answer, default {MAX_NEW_TOKENS}"
+        "--max-new-tokens", type=int, default=MAX_NEW_TOKENS, help="longest answer, default %(default)s"
     )
 
 

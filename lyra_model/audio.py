@@ -32,7 +32,8 @@ def load_audio(source: str | Path | np.ndarray, sampling_rate: int | None = None
         name, samples = "the array", np.asarray(source)
         if samples.ndim not in (1, 2) or samples.dtype.kind not in "fiu":
             raise ValueError(
-                f"audio: got an array of shape {samples.shape} and dtype {samples.dtype}, expected (T,) or (T, channels) samples"
+                f"audio: got an array of shape {samples.shape} and dtype {samples.dtype}, "
+                "expected (T,) or (T, channels) samples"
             )
         scale = 1.0 if samples.dtype.kind == "f" else 1.0 / np.iinfo(samples.dtype).max
         samples = samples.reshape(len(samples), -1).astype(np.float32) * np.float32(scale)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, WhisperConfig
 
 
@@ -23,7 +25,7 @@ class LyraConfig(PreTrainedConfig):
     """
 
     model_type = "lyra"
-    sub_configs = {"text_config": AutoConfig, "speech_config": WhisperConfig}
+    sub_configs: ClassVar = {"text_config": AutoConfig, "speech_config": WhisperConfig}
 
     def __init__(
         self,

@@ -29,9 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
-    print(
-        "Loading the model (the first time, it is put together from the packages: about half a minute) ...", flush=True
-    )
+    print("Loading the model (put together from its packages the first time: half a minute) ...", flush=True)
     model, processor = load(args.model)
     for number, text in enumerate((t.text for t in load_texts("demo")), start=1):
         path = args.out / f"question_{number}.wav"

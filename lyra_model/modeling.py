@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
@@ -18,8 +20,8 @@ class LyraForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """Speech encoder, projector and language model joined (Lyra, arXiv 2412.09501, figure 2).
 
     Speech enters as the fields that :class:`lyra_model.LyraProcessor` makes: ``input_features`` (W, bins, F) log-mel
-    windows, ``feature_frames`` (W,) mel frames of each window, ``speech_tokens`` (W,) speech tokens of each window; their
-    tokens replace, in order, the embeddings of ``config.speech_token_id`` in ``input_ids``.
+    windows, ``feature_frames`` (W,) mel frames and ``speech_tokens`` (W,) speech tokens of each window; their tokens
+    replace, in order, the embeddings of ``config.speech_token_id`` in ``input_ids``.
 
     Adapters named ``speech`` (peft) belong to inputs with speech: :meth:`generate` runs them for such inputs only.
     """
@@ -32,7 +34,7 @@ class LyraForConditionalGeneration(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
-    _no_split_modules = ["WhisperEncoderLayer"]
+    _no_split_modules: ClassVar = ["WhisperEncoderLayer"]
 
     def __init__(self, config: LyraConfig):
         super().__init__(config)

@@ -17,8 +17,8 @@ class LyraProcessor(ProcessorMixin):
     """Joins the Whisper feature extractor and the tokenizer of the language model.
 
     A conversation is a list of messages ``{"role": ..., "content": text or parts}``; a part is
-    ``{"type": "text", "text": ...}`` or ``{"type": "audio", "audio": path or array}`` (``path`` and ``url`` of a local file
-    do as well, ``sampling_rate`` goes with an array). Parts follow each other on lines of their own, as in the
+    ``{"type": "text", "text": ...}`` or ``{"type": "audio", "audio": path or array}`` (``path`` and ``url`` of a local
+    file do as well, ``sampling_rate`` goes with an array). Parts follow each other on lines of their own, as in the
     published prompts.
     """
 

@@ -45,10 +45,11 @@ def ctc_alignment_loss(
     transcript_ids: list[Tensor],
     speech_lengths: Tensor,
     *,
+    temperature: float = 0.06,
     negatives: int = 6000,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """CTC over the logits s . t of the batch's own tokens, ``negatives`` random vocabulary rows and a learned blank row.
+    """CTC over the logits s . t / temperature of the batch's own tokens, ``negatives`` random vocabulary rows and a learned blank.
 
     A cheap pre-alignment: what the vocabulary row nearest to each speech token says becomes the transcript, before the
     language model is ever run. Sampling keeps the product far smaller than the whole vocabulary.
@@ -64,7 +65,7 @@ def ctc_alignment_loss(
     sampled = torch.randint(len(embedding), (negatives,), generator=generator)
     vocabulary, positions = torch.cat([targets, sampled]).unique(return_inverse=True)
     rows = torch.cat([blank[None], embedding[vocabulary].to(blank.dtype)])
-    log_probs = nn.functional.linear(speech, rows).float().log_softmax(-1)
+    log_probs = nn.functional.linear(speech / temperature, rows).float().log_softmax(-1)
     lengths = torch.tensor([len(ids) for ids in transcript_ids])
     return nn.functional.ctc_loss(
         log_probs.transpose(0, 1), positions[: len(targets)] + 1, speech_lengths, lengths, blank=0, zero_infinity=True

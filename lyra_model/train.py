@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ from .synthesis import synthesize
 from .targets import REPEAT, answer_questions
 
 ADAPTER = "speech"
+CHECKPOINT_STEPS = 200
 SPAN = 50  # batches sorted by length together: little padding, still random order
 
 
@@ -69,12 +71,16 @@ class AlignStage(nn.Module):
         self.embedding = [model.get_input_embeddings().weight.detach()]  # in a list: frozen, not part of the stage
         self.tokenizer = processor.tokenizer
         self.dropout = nn.Dropout(settings.frame_dropout)
+        self.temperature = settings.temperature
 
     def forward(self, batch: list[Utterance]) -> dict[str, Tensor]:
         frames, lengths = pad_frames(batch, self.projector.frames_per_token)
         speech = self.projector(self.dropout(frames))
         ids = [torch.tensor(self.tokenizer(u.text, add_special_tokens=False)["input_ids"]) for u in batch]
-        return {"loss": ctc_alignment_loss(speech, self.embedding[0], self.blank, ids, lengths)}
+        loss = ctc_alignment_loss(
+            speech, self.embedding[0], self.blank, ids, lengths, temperature=self.temperature
+        )
+        return {"loss": loss}
 
 
 class JointStage(nn.Module):
@@ -166,7 +172,7 @@ def fit(stage: nn.Module, data: Iterator[list[Utterance]], *, steps: int, lr: fl
     optimizer = torch.optim.AdamW(trained.values(), lr=lr, weight_decay=0.0)
     warmup = max(1, min(100, steps // 10))
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min((s + 1) / warmup, 0.5 * (1 + np.cos(np.pi * min(1.0, s / steps))) + 0.01)
+        optimizer, lambda s: min((s + 1) / warmup, 0.5 * (1 + math.cos(math.pi * min(1.0, s / steps))) + 0.01)
     )
     checkpoint, log = out / f"{name}.pt", out / f"{name}.jsonl"
     done = 0
@@ -198,11 +204,11 @@ def fit(stage: nn.Module, data: Iterator[list[Utterance]], *, steps: int, lr: fl
             bar.update()
             if step % 20 == 19 or step + 1 == steps:
                 row = {"step": step + 1, "seconds": round(time.monotonic() - began, 1)}
-                row |= {k: round(float(v), 4) for k, v in losses.items()}
+                row |= {k: round(v.item(), 4) for k, v in losses.items()}
                 bar.set_postfix({k: row[k] for k in losses})
                 file.write(json.dumps(row) + "\n")
                 file.flush()
-            if (step % 200 == 199 or step + 1 == steps) and accelerator.is_main_process:
+            if ((step + 1) % CHECKPOINT_STEPS == 0 or step + 1 == steps) and accelerator.is_main_process:
                 state = {
                     "step": step + 1,
                     "weights": {n: p.detach() for n, p in trained.items()},

@@ -1,0 +1,109 @@
+"""Training on tiny random weights: the losses fall, a stopped run goes on as if it had not stopped."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("accelerate")
+from test_lyra_model import tiny  # noqa: F401  the tiny model is this file's fixture too
+
+from lyra_model import train as training
+from lyra_model.features import Utterance
+from lyra_model.regularizer import cross_modality_loss, ctc_alignment_loss, nearest_tokens
+
+SETTINGS = training.Settings(align_steps=12, align_batch=4, joint_steps=12, joint_batch=4, align_lr=1e-2, joint_lr=1e-2)
+
+
+@pytest.fixture
+def utterances():
+    rng = np.random.default_rng(0)
+    texts = ["ab", "cab", "bad cab", "a bad dab", "dab", "add", "a cad", "bead"]
+    frames = [rng.standard_normal((5 * (3 + 2 * len(text)), 24)).astype(np.float16) for text in texts]
+    return [Utterance(f, text, "none", "phrase") for f, text in zip(frames, texts, strict=True)]
+
+
+def run(tiny, utterances, out):  # noqa: F811
+    model = copy.deepcopy(tiny[0])
+    out.mkdir(exist_ok=True)
+    training.train(model, tiny[1], utterances, {"dab": "yes<|im_end|>"}, SETTINGS, out)
+    return {n: p for n, p in model.state_dict().items() if "lora" in n or "projector" in n}
+
+
+def stopping(stages, steps):
+    """``training.batches``, except that the user presses Ctrl-C in the given stage after ``steps`` batches."""
+    calls = iter(range(10))
+
+    def batches(*arguments, original=training.batches):
+        stage = next(calls)
+        for step, batch in enumerate(original(*arguments)):
+            if stage == stages and step == steps:
+                raise KeyboardInterrupt
+            yield batch
+
+    return batches
+
+
+def test_losses_fall_and_only_projector_and_adapter_change(tiny, utterances, tmp_path):  # noqa: F811
+    before = copy.deepcopy(tiny[0].state_dict())
+    run(tiny, utterances, tmp_path)
+    for name in ("align", "joint"):
+        rows = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        assert rows[-1]["step"] == 12
+    assert all(torch.equal(before[n], p) for n, p in tiny[0].state_dict().items())
+    assert {p.name for p in tmp_path.iterdir()} >= {
+        "speech_projector.safetensors",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "training.json",
+    }
+
+
+@pytest.mark.parametrize(("stage", "steps"), [(0, 6), (1, 9)])
+def test_a_stopped_run_resumes_to_the_same_weights(tiny, utterances, tmp_path, stage, steps, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(training, "CHECKPOINT_STEPS", 4)
+    whole = run(tiny, utterances, tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "batches", stopping(stage, steps))
+        run(tiny, utterances, tmp_path / "resumed")
+    resumed = run(tiny, utterances, tmp_path / "resumed")
+    for name, weight in whole.items():
+        assert torch.equal(weight, resumed[name]), name
+
+
+def test_regularizer_is_the_papers_formula():
+    torch.manual_seed(0)
+    speech, text = torch.randn(2, 7, 5, dtype=torch.float64), torch.randn(2, 4, 5, dtype=torch.float64)
+    n, m, tau, gamma = [7, 5], [4, 3], 0.06, 0.1
+    expected = 0.0
+    for b in range(2):
+        cost = -torch.log_softmax(speech[b, : n[b]] @ text[b, : m[b]].T / tau, -1)
+        r = torch.full((n[b] + 1, m[b] + 1), torch.inf, dtype=torch.float64)
+        r[0, 0] = 0
+        for i in range(n[b]):
+            for j in range(m[b]):
+                paths = torch.stack([r[i, j], r[i, j + 1], r[i + 1, j]])
+                r[i + 1, j + 1] = cost[i, j] - gamma * torch.logsumexp(-paths / gamma, 0)
+        expected += r[-1, -1] / n[b] / 2
+    got = cross_modality_loss(speech, text, torch.tensor(n), torch.tensor(m), temperature=tau, gamma=gamma)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=0)
+
+
+def test_alignment_loss_is_ctc_over_the_whole_vocabulary_when_all_of_it_is_drawn():
+    torch.manual_seed(0)
+    speech, embedding, blank = torch.randn(2, 9, 6), torch.randn(20, 6), torch.randn(6)
+    ids, lengths = [torch.tensor([3, 3, 5]), torch.tensor([7])], torch.tensor([9, 6])
+    got = ctc_alignment_loss(speech, embedding, blank, ids, lengths, temperature=0.5, negatives=2000)
+    log_probs = (2 * speech @ torch.cat([blank[None], embedding]).T).log_softmax(-1).transpose(0, 1)
+    targets = torch.tensor([[4, 4, 6], [8, 0, 0]])
+    torch.testing.assert_close(got, torch.nn.functional.ctc_loss(log_probs, targets, lengths, torch.tensor([3, 1])))
+
+
+def test_nearest_tokens_merges_repeats_and_drops_blanks():
+    embedding = torch.eye(5)
+    blank = -torch.ones(5)
+    said = [2, 2, None, 2, 4, None, 0]
+    speech = torch.stack([blank if token is None else embedding[token] for token in said])
+    assert nearest_tokens(speech, embedding, blank) == [2, 2, 4, 0]
