@@ -1,0 +1,126 @@
+"""python -m bench <op|all>: checks each implementation against float64, then times it beside its peers.
+
+Exit code 1, and no time at all, for an op of ours that gives a wrong result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from bench.harness import Result, WrongResult, measure, measured_ceilings
+
+HERE = Path(__file__).parent
+OPS = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in ("__main__", "harness"))
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
+    parser.add_argument("op", choices=[*OPS, "all"])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU; default %(default)s")
+    parser.add_argument("--quick", action="store_true", help="small inputs and few repeats: does it run?")
+    parser.add_argument(
+        "--json",
+        nargs="?",
+        const=True,
+        metavar="FILE",
+        help="write the results; without FILE to bench/results/<device>/<op>.json",
+    )
+    args = parser.parse_args(arguments)
+    if args.op == "all" and isinstance(args.json, str):
+        parser.error("--json: a FILE holds one op, but 'all' were asked for")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA GPU here")
+    os.environ["NUMBA_NUM_THREADS"] = str(args.threads)  # before any peer imports numba
+    torch.set_num_threads(args.threads)
+
+    ceilings = measured_ceilings(args.device)
+    for op in OPS if args.op == "all" else [args.op]:
+        print(f"{op} on {device_name(args.device)}, {args.threads} CPU threads; measured ceilings "
+              f"{ceilings['bytes_per_s'] / 1e9:.1f} GB/s, {ceilings['flop_per_s'] / 1e9:.0f} GFLOP/s")  # fmt: skip
+        results = []
+        try:
+            workloads = importlib.import_module(f"bench.{op}").workloads(args.device, args.quick)
+            for result in measure(workloads, args.device, ceilings, args.quick):
+                if not results or (results[-1].workload, results[-1].direction) != (result.workload, result.direction):
+                    print(f"\n{result.workload}, {result.direction}\n{HEADER}")
+                print(row(result), flush=True)
+                results.append(result)
+        except WrongResult as error:
+            print(f"bench: {error}; nothing more is timed", file=sys.stderr)
+            return 1
+        if args.json:
+            default = HERE / "results" / slug(device_name(args.device)) / f"{op}.json"
+            path = default if args.json is True else Path(args.json)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(record(op, args, ceilings, results), indent=1) + "\n")
+            print(f"\nwritten to {path}")
+    return 0
+
+
+HEADER = (
+    f"{'':34}{'median':>10}{'p20':>10}{'p80':>10}{'rate':>18}{'of ceiling':>12}{'peak memory':>13}{'error':>9}  timing"
+)
+
+
+def row(r: Result) -> str:
+    what, count = r.items
+    rate = f"{count / r.seconds['median'] / 1e9:.4f} G{what}/s"
+    peak = "?" if r.peak_bytes is None else f"{r.peak_bytes / 2**20:.1f} MiB"
+    times = "".join(f"{milliseconds(r.seconds[key]):>10}" for key in ("median", "p20", "p80"))
+    return f"{r.implementation:34}{times}{rate:>18}{r.share_of_ceiling:>11.1%} {peak:>13}{r.error:>9.0e}  {r.timing}"
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.3f} ms" if seconds < 0.1 else f"{seconds * 1e3:.0f} ms"
+
+
+def record(op: str, args: argparse.Namespace, ceilings: dict[str, float], results: list[Result]) -> dict:
+    return {
+        "op": op,
+        "device": device_name(args.device),
+        "threads": args.threads,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        if args.device == "cuda"
+        else None,
+        "commit": said("git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"),
+        "command": "python -m bench " + " ".join(sys.argv[1:]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "ceilings": ceilings,
+        "results": [asdict(r) for r in results],
+    }
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    return found.group(1).strip() if found else "cpu"
+
+
+def slug(name: str) -> str:
+    return re.sub(r"\W+", "-", name).strip("-").lower()
+
+
+def said(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,98 @@
+"""soft_dtw from a given cost and from features, at the shapes of Lyra's regularizer: speech by transcript tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+import lyra_ops
+from bench.harness import BOTH, FORWARD, Cost, Workload
+from bench.peers import soft_dtw as peers
+from lyra_ops.soft_dtw import reference
+
+GAMMA, TEMPERATURE = 0.1, 0.06
+
+
+def workloads(device: str, quick: bool) -> Iterator[Workload]:
+    if quick:
+        yield from_cost(device, 4, (60, 60), (30, 30))
+        yield from_cost(device, 4, (30, 60), (10, 30))
+        yield from_features(device, 4, (30, 60), (10, 30), 64)
+        return
+    yield from_cost(device, 32, (300, 300), (64, 64))
+    yield from_cost(device, 32, (1500, 1500), (200, 200))
+    yield from_cost(device, 120, (150, 375), (20, 110))
+    yield from_features(device, 32, (150, 300), (20, 64), 576)
+
+
+def lengths(device: str, batch: int, least_and_most: tuple[int, int]) -> torch.Tensor:
+    least, most = least_and_most
+    found = torch.randint(least, most + 1, (batch,), generator=torch.Generator().manual_seed(0))
+    found[0] = most
+    return found.to(device)
+
+
+def from_cost(device: str, batch: int, rows: tuple[int, int], columns: tuple[int, int]) -> Workload:
+    """Contrastive cost of random tokens, as in the regularizer."""
+    n, m = lengths(device, batch, rows), lengths(device, batch, columns)
+    cells = int((n * m).sum())
+
+    def inputs() -> tuple[torch.Tensor]:
+        return (-F.log_softmax(torch.randn(batch, rows[1], columns[1], device=device), dim=-1),)
+
+    ours = {f"lyra ({device})": lambda cost: lyra_ops.soft_dtw_from_cost(cost, n, m, gamma=GAMMA, backend=device)}
+    named = peers.implementations(device, ragged=rows[0] < rows[1])
+    theirs = {name: partial(adapt, peer, n, m) for name, peer in named.items()}
+    shape = f"{batch} x {span(rows)} x {span(columns)}"
+    return Workload(
+        name=f"cost given, {shape}, gamma {GAMMA}",
+        inputs=inputs,
+        implementations=ours | theirs,
+        plain=lambda cost: reference.soft_dtw(cost, n, m, GAMMA),
+        # The probabilities kept for backward (8 bytes) are the kernels' own choice, so they are no part of the floor.
+        costs={FORWARD: Cost(4 * cells, 25 * cells), BOTH: Cost(8 * cells, 31 * cells)},
+        items=("cells", cells),
+    )
+
+
+def adapt(peer: peers.Peer, n: torch.Tensor, m: torch.Tensor, cost: torch.Tensor) -> torch.Tensor:
+    return peer(cost, n, m, GAMMA)
+
+
+def from_features(device: str, batch: int, rows: tuple[int, int], columns: tuple[int, int], dim: int) -> Workload:
+    """The regularizer: contrastive cost of features, then soft-DTW."""
+    n, m = lengths(device, batch, rows), lengths(device, batch, columns)
+    cells = int((n * m).sum())
+    features = 4 * dim * int((n + m).sum())
+
+    def inputs() -> tuple[torch.Tensor, ...]:
+        # Tokens of a model are neither unit vectors nor unrelated; this keeps x . y / temperature near +-5.
+        scale = (5 * TEMPERATURE / dim**0.5) ** 0.5
+        return tuple(scale * torch.randn(batch, size, dim, device=device) for size in (rows[1], columns[1]))
+
+    def by(backend: str):
+        options = {"cost": "contrastive", "temperature": TEMPERATURE, "gamma": GAMMA, "backend": backend}
+        return lambda x, y: lyra_ops.soft_dtw(x, y, n, m, **options)
+
+    def plain(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return peers.torch_antidiagonals(reference.pair_cost(x, y, n, m, "contrastive", TEMPERATURE), n, m, GAMMA)
+
+    return Workload(
+        name=f"features of {dim}, contrastive, {batch} x {span(rows)} x {span(columns)}, gamma {GAMMA}",
+        inputs=inputs,
+        implementations={f"lyra ({device})": by(device), "plain torch (anti-diagonals)": plain},
+        plain=by("reference"),
+        costs={
+            FORWARD: Cost(features, (2 * dim + 25) * cells),
+            BOTH: Cost(2 * features, (6 * dim + 31) * cells),
+        },
+        items=("cells", cells),
+    )
+
+
+def span(least_and_most: tuple[int, int]) -> str:
+    least, most = least_and_most
+    return str(most) if least == most else f"{least}..{most}"
