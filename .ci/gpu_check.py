@@ -27,7 +27,7 @@ except ModuleNotFoundError as error:
 ROOT = Path(__file__).resolve().parents[1]
 STOP_AT = time.monotonic() + 9 * 60 - 15
 # Seconds for the steps that must not eat the rest's time; what the tests leave goes to the benchmarks.
-BUILD, TESTS, SANITIZER = 240, 240, 60
+BUILD, TESTS, SANITIZER = 240, 240, 75
 
 
 def main() -> int:
@@ -50,7 +50,7 @@ def main() -> int:
 
     outcomes = out / "gpu-tests.json"
     outcomes.unlink(missing_ok=True)
-    tests = step("tests", [*pytest_command("gpu"), "-q", f"--gpu-report={outcomes}"], TESTS)
+    tests = step("tests", [*pytest_command("gpu"), f"--gpu-report={outcomes}"], TESTS)
     counts = json.loads(outcomes.read_text()) if outcomes.exists() else {}
     outcomes.unlink(missing_ok=True)
     report = {
@@ -91,7 +91,7 @@ def sanitize(tool: str) -> str:
     program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if program is None:
         return "not run: compute-sanitizer is not installed"
-    command = [program, "--tool", tool, "--error-exitcode", "86", *pytest_command("gpu and sanitize"), "-q", "-x"]
+    command = [program, "--tool", tool, "--error-exitcode", "86", *pytest_command("gpu and sanitize"), "-x"]
     code = step(tool, command, SANITIZER, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     return {0: "clean", 5: "not run: no test is marked `sanitize`", 124: "not run to its end: out of time"}.get(
         code, f"FAILED (exit {code})"
@@ -126,7 +126,9 @@ def step(name: str, command: list[str], seconds: float, **environment: str) -> i
 
 
 def pytest_command(marks: str) -> list[str]:
-    return [sys.executable, "-m", "pytest", "-m", marks, "-p", "no:cacheprovider"]
+    # The model's tests need packages that a bare machine lacks, the shim's a compiler; neither has tests for a GPU.
+    left_out = ["--ignore-glob=*/test_lyra_*.py", "--ignore-glob=*/host_shim/*"]
+    return [sys.executable, "-m", "pytest", "-q", "-m", marks, "-p", "no:cacheprovider", *left_out]
 
 
 def commit() -> str:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-OPS = [folder.parent.name for folder in Path(__file__).parents[1].glob("lyra_ops/*/reference.py")]
+ROOT = Path(__file__).parents[1]
+OPS = [file.parent.name for file in ROOT.glob("lyra_ops/*/reference.py")]
 OUTCOMES = pytest.StashKey[dict[str, Counter]]()
 
 
@@ -48,10 +49,12 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 
 
 def kernel_path(item: pytest.Item) -> str:
-    """`soft_dtw/cuda`: the op by the test file's name, the backend by the test's name or parameters."""
+    """`soft_dtw/cuda`: the op by the test file's name, the backend by the test's name or parameters, or cuda."""
     name = item.path.stem.removeprefix("test_")
     op = next((op for op in OPS if name.startswith(op)), name)
-    return f"{op}/{'triton' if 'triton' in item.nodeid else 'cuda'}"
+    compiled = (ROOT / "csrc" / op / f"{op}.cu").exists()
+    told = [backend for backend in ("triton", "reference") if backend in item.nodeid]
+    return f"{op}/{(told or ['cuda' if compiled else 'reference'])[0]}"
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
