@@ -275,10 +275,11 @@ def test_float32_masters_widen_no_activation():
 
 
 def test_scaling_is_not_rounded_to_16_bits():
-    # 32 / 24 in bfloat16 is 0.4 % off; with A and B of ones the result shows it.
-    ones = torch.ones(8, 1, dtype=torch.bfloat16)
-    y = run(ones[:1] * 256, torch.zeros_like(ones), None, {"a": (ones[:1], ones, 32 / 24)}, torch.tensor([0]))
-    assert torch.equal(y, torch.full((1, 8), 256 * 32 / 24).bfloat16())
+    # 32 / 24 is 0.2 % off in bfloat16. A and B of one leave the rounding of the result alone.
+    x = torch.arange(1, 257)[:, None].bfloat16()
+    one = torch.ones(1, 1, dtype=torch.bfloat16)
+    y = run(x, one * 0, None, {"a": (one, one, 32 / 24)}, torch.zeros(256, dtype=torch.int64))
+    assert torch.equal(y, (x.float() * (32 / 24)).bfloat16())
 
 
 def test_autocast():
