@@ -1,0 +1,91 @@
+"""The benchmark harness refuses to time a wrong result, and says what it timed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.harness import BOTH, FORWARD, Cost, Workload, WrongResult, measure
+
+ROOT = Path(__file__).parents[1]
+CEILINGS = {"bytes_per_s": 1e9, "flop_per_s": 1e9}
+
+
+def square(x: Tensor) -> Tensor:
+    return x * x
+
+
+def workload(**implementations) -> Workload:
+    return Workload(
+        name="squares",
+        inputs=lambda: (torch.randn(1000),),
+        implementations={name.replace("_", " "): f for name, f in implementations.items()},
+        plain=square,
+        costs={FORWARD: Cost(8000, 1000), BOTH: Cost(12000, 3000)},
+        items=("squares", 1000),
+    )
+
+
+def test_times_every_implementation_both_ways():
+    results = list(measure([workload(lyra=square, peer=square)], "cpu", CEILINGS, quick=True))
+    assert [(r.implementation, r.direction) for r in results] == [
+        (name, direction) for direction in (FORWARD, BOTH) for name in ("lyra", "peer")
+    ]
+    for r in results:
+        assert r.seconds["p20"] <= r.seconds["median"] <= r.seconds["p80"]
+        assert r.ceiling == "bandwidth"
+        assert r.share_of_ceiling == pytest.approx(r.bytes / 1e9 / r.seconds["median"])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda x: x * x * (1 + 1e-5),
+        lambda x: x.detach() * x,  # right, but for its gradient
+        lambda x: torch.where(torch.arange(1000) == 7, torch.nan, x * x),
+    ],
+)
+def test_a_wrong_result_of_ours_is_not_timed(wrong):
+    with pytest.raises(WrongResult, match="squares"):
+        next(measure([workload(peer=square, lyra=wrong)], "cpu", CEILINGS, quick=True))
+
+
+def test_a_peer_is_shown_with_its_error_or_left_out_with_its_reason(capsys):
+    def broken(x: Tensor) -> Tensor:
+        raise NotImplementedError("only on Tuesdays")
+
+    rough = workload(lyra=square, rough_peer=lambda x: x * x * 1.01, broken_peer=broken)
+    errors = {r.implementation: r.error for r in measure([rough], "cpu", CEILINGS, quick=True)}
+    assert errors["rough peer"] == pytest.approx(0.01, rel=1e-3)
+    assert "broken peer" not in errors
+    assert "only on Tuesdays" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_command_writes_what_it_ran_on(tmp_path: Path):
+    file = tmp_path / "soft_dtw.json"
+    command = [
+        sys.executable,
+        "-m",
+        "bench",
+        "soft_dtw",
+        "--quick",
+        "--device",
+        "cpu",
+        "--threads",
+        "1",
+        "--json",
+        str(file),
+    ]
+    subprocess.run(command, cwd=ROOT, check=True)
+    told = json.loads(file.read_text())
+    assert told["op"] == "soft_dtw"
+    assert told["threads"] == 1
+    assert all(told[key] for key in ("device", "torch", "commit", "command", "date", "ceilings"))
+    assert {r["implementation"] for r in told["results"]} >= {"lyra (cpu)", "plain torch (anti-diagonals)"}
