@@ -205,7 +205,7 @@ def time_gpu(run, workload: Workload, function, direction: str, quick: bool) -> 
             for to, value in zip(static, fresh):
                 to.copy_(value)
             for output in outputs:
-                output.fill_(torch.nan)
+                output.fill_(torch.nan if output.is_floating_point() else -1)
         graph.replay()
         for replayed, eager in zip(outputs, call(function, fresh, direction)()):
             if not torch.equal(replayed, eager):

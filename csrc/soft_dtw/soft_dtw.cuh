@@ -23,9 +23,11 @@
 // own column of them alone. Backward is the same sweep from the other corner.
 //
 // Cost per cell inside the band: forward 25 flops, reads 4 bytes and writes 8 (float32), backward 6 flops, reads 8,
-// writes 4. Floor, H100 at 3.0 TB/s, forward / backward: B=32 1500x200 38 us each; B=32 300x64 2.5 us each. What rules
-// instead is the chain of n + 16 kLag (strips - 1) + 31 dependent steps of about 62 / 34 cycles (float32):
-// 300x64 395 steps 13 / 7 us, 1500x200 1915 steps 62 / 34 us at 1.9 GHz, by static count, not yet timed on a GPU.
+// writes 4. Floor, H100 at 3.0 TB/s, each way: B=32 300x64 2.5 us, B=32 1500x200 38 us. Two other limits stand above it,
+// both estimated from the code and not yet timed on a GPU (1.9 GHz):
+//   the chain: n + kSteps kLag (strips - 1) + 31 steps of about 62 / 34 dependent cycles (forward / backward);
+//   the issue of about 70 / 30 instructions per warp and step by the SM's 4 schedulers, once there are more warps.
+// 300x64: 395 steps, 2 warps, 14 / 7 us by the chain. 1500x200: 1915 steps, 7 warps, 123 us by issue / 53 us.
 // Launches: 1 each way. Shared memory per warp: kRing * 32 * 12 bytes (float32), twice that for float64.
 //
 // Registers per thread, at most, spills none (tests/test_compile_budget.py reads these lines):
