@@ -96,12 +96,20 @@ def record(op: str, args: argparse.Namespace, ceilings: dict[str, float], result
         "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         if args.device == "cuda"
         else None,
-        "commit": said("git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"),
+        "commit": commit(),
         "command": "python -m bench " + " ".join(sys.argv[1:]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "ceilings": ceilings,
         "results": [asdict(r) for r in results],
     }
+
+
+def commit() -> str | None:
+    """The commit, marked when files that the numbers depend on differ from it."""
+    git = ("git", "-C", str(HERE.parent))
+    head = said(*git, "rev-parse", "--short=12", "HEAD")
+    changed = said(*git, "status", "--porcelain", "--untracked-files=no", "--", "csrc", "lyra_ops", "bench/*.py")
+    return f"{head}-dirty" if head and changed else head
 
 
 def device_name(device: str) -> str:

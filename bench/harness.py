@@ -5,6 +5,7 @@ A file ``bench/<op>.py`` offers ``workloads(device, quick)``; nothing else has t
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import re
 import statistics
@@ -228,6 +229,7 @@ def peak_gpu(run: Callable[[], object]) -> int:
 def peak_cpu(run: Callable[[], object]) -> int | None:
     """By how much the process's resident set grew at most; None where Linux does not let it be reset."""
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # else memory freed before and used again would not count
     try:
         Path("/proc/self/clear_refs").write_text("5")
         before = resident("VmRSS")

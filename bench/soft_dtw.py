@@ -78,7 +78,8 @@ def from_features(device: str, batch: int, rows: tuple[int, int], columns: tuple
         return lambda x, y: lyra_ops.soft_dtw(x, y, n, m, **options)
 
     def plain(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return peers.torch_antidiagonals(reference.pair_cost(x, y, n, m, "contrastive", TEMPERATURE), n, m, GAMMA)
+        cost = reference.pair_cost(x, y, n, m, "contrastive", TEMPERATURE)
+        return peers.torch_antidiagonals(cost.clamp(max=1e10), n, m, GAMMA)  # padding costs infinity
 
     return Workload(
         name=f"features of {dim}, contrastive, {batch} x {span(rows)} x {span(columns)}, gamma {GAMMA}",

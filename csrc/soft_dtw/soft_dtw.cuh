@@ -23,8 +23,8 @@
 // own column of them alone. Backward is the same sweep from the other corner.
 //
 // Cost per cell inside the band: forward 25 flops, reads 4 bytes and writes 8 (float32), backward 6 flops, reads 8,
-// writes 4. Floor, H100 at 3.0 TB/s, each way: B=32 300x64 2.5 us, B=32 1500x200 38 us. Two other limits stand above it,
-// both estimated from the code and not yet timed on a GPU (1.9 GHz):
+// writes 4. Floor, H100 at 3.0 TB/s, each way: B=32 300x64 2.5 us, B=32 1500x200 38 us. Two other limits stand above
+// it, both estimated from the code and not yet timed on a GPU (1.9 GHz):
 //   the chain: n + kSteps kLag (strips - 1) + 31 steps of about 62 / 34 dependent cycles (forward / backward);
 //   the issue of about 70 / 30 instructions per warp and step by the SM's 4 schedulers, once there are more warps.
 // 300x64: 395 steps, 2 warps, 14 / 7 us by the chain. 1500x200: 1915 steps, 7 warps, 123 us by issue / 53 us.
