@@ -47,34 +47,52 @@ def ctc_alignment_loss(
     *,
     temperature: float = 0.06,
     negatives: int = 6000,
+    norm_weight: float = 0.1,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """CTC over the logits s . t / temperature of the batch's own tokens, ``negatives`` random vocabulary rows and a learned blank.
+    """CTC over cos(s - mu, t - mu) / temperature, mu the mean embedding: speech tokens become vocabulary rows.
 
-    A cheap pre-alignment: what the vocabulary row nearest to each speech token says becomes the transcript, before the
-    language model is ever run. Sampling keeps the product far smaller than the whole vocabulary.
+    A cheap pre-alignment, before the language model is ever run. With plain products s . t the classes separate while s
+    stays far from every row (cosine 0.2), and the language model cannot read it; the cosine pulls s towards the row
+    itself. The squared relative distance of ||s - mu|| from the rows' mean, times ``norm_weight``, is added: the
+    cosine leaves the norm free. The classes are the batch's own tokens, ``negatives`` random rows and the blank.
 
     Args:
-        speech: (B, N, d); embedding: (V, d), frozen; blank: (d,), learned; transcript_ids: B tensors of token ids.
+        speech: (B, N, d); embedding: (V, d), frozen; blank: (d,) row that says nothing.
+        transcript_ids: B tensors of token ids.
         speech_lengths: (B,). Samples with fewer speech tokens than CTC needs add nothing (``zero_infinity``).
 
     Returns:
-        The negative log-likelihood per transcript token, mean over the batch.
+        The negative log-likelihood per transcript token, mean over the batch, plus the norm's share.
     """
     targets = torch.cat(transcript_ids)
     sampled = torch.randint(len(embedding), (negatives,), generator=generator)
     vocabulary, positions = torch.cat([targets, sampled]).unique(return_inverse=True)
-    rows = torch.cat([blank[None], embedding[vocabulary].to(blank.dtype)])
-    log_probs = nn.functional.linear(speech / temperature, rows).float().log_softmax(-1)
+    mean, norm = center(embedding)
+    rows = torch.cat([blank[None], embedding[vocabulary]]).float() - mean
+    centered = speech.float() - mean
+    log_probs = (cosines(centered, rows) / temperature).float().log_softmax(-1)
     lengths = torch.tensor([len(ids) for ids in transcript_ids])
-    return nn.functional.ctc_loss(
+    likelihood = nn.functional.ctc_loss(
         log_probs.transpose(0, 1), positions[: len(targets)] + 1, speech_lengths, lengths, blank=0, zero_infinity=True
     )
+    return likelihood + norm_weight * (centered.norm(dim=-1) / norm - 1).square().mean()
 
 
 @torch.no_grad()
 def nearest_tokens(speech: Tensor, embedding: Tensor, blank: Tensor) -> list[int]:
     """Greedy CTC reading of the speech tokens (N, d) of one clip: repeats merged, blanks dropped."""
-    rows = torch.cat([blank[None].to(embedding.dtype), embedding])
-    best = nn.functional.linear(speech.to(embedding.dtype), rows).argmax(-1)
+    mean, _ = center(embedding)
+    rows = torch.cat([blank[None], embedding]).float() - mean
+    best = cosines(speech.float() - mean, rows).argmax(-1)
     return [int(i) - 1 for i in torch.unique_consecutive(best) if i]
+
+
+def center(embedding: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean row of an embedding table, and the mean norm of its rows around it."""
+    mean = embedding.float().mean(0)
+    return mean, (embedding.float() - mean).norm(dim=-1).mean()
+
+
+def cosines(a: Tensor, b: Tensor) -> Tensor:
+    return nn.functional.linear(nn.functional.normalize(a, dim=-1), nn.functional.normalize(b, dim=-1))

@@ -13,7 +13,7 @@ from .processor import LyraProcessor
 
 REPEAT = "Repeat what I said."
 END = "<|im_end|>"
-BATCH = 48
+BATCH = 96
 
 
 @torch.inference_mode()

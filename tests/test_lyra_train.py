@@ -93,12 +93,17 @@ def test_regularizer_is_the_papers_formula():
 
 def test_alignment_loss_is_ctc_over_the_whole_vocabulary_when_all_of_it_is_drawn():
     torch.manual_seed(0)
-    speech, embedding, blank = torch.randn(2, 9, 6), torch.randn(20, 6), torch.randn(6)
+    speech, embedding, blank = torch.randn(2, 9, 6), torch.randn(20, 6) + 1, torch.randn(6)
     ids, lengths = [torch.tensor([3, 3, 5]), torch.tensor([7])], torch.tensor([9, 6])
-    got = ctc_alignment_loss(speech, embedding, blank, ids, lengths, temperature=0.5, negatives=2000)
-    log_probs = (2 * speech @ torch.cat([blank[None], embedding]).T).log_softmax(-1).transpose(0, 1)
+    got = ctc_alignment_loss(speech, embedding, blank, ids, lengths, temperature=0.2, negatives=2000)
+    mean = embedding.mean(0)
+    rows = torch.cat([blank[None], embedding]) - mean
+    cosine = torch.cosine_similarity((speech - mean)[:, :, None], rows, dim=-1)
+    log_probs = (cosine / 0.2).log_softmax(-1).transpose(0, 1)
     targets = torch.tensor([[4, 4, 6], [8, 0, 0]])
-    torch.testing.assert_close(got, torch.nn.functional.ctc_loss(log_probs, targets, lengths, torch.tensor([3, 1])))
+    likelihood = torch.nn.functional.ctc_loss(log_probs, targets, lengths, torch.tensor([3, 1]))
+    norms = (speech - mean).norm(dim=-1) / (embedding - mean).norm(dim=-1).mean()
+    torch.testing.assert_close(got, likelihood + 0.1 * (norms - 1).square().mean())
 
 
 def test_nearest_tokens_merges_repeats_and_drops_blanks():
