@@ -54,6 +54,7 @@ STRESS = [
     pytest.param(squared_distances, (1, 1500, 200), 0.1, 20, id="1500x200-.1-band"),
     pytest.param(contrastive, (2, 300, 64), 0.1, None, id="contrastive-300x64"),
     pytest.param(contrastive, (1, 1500, 200), 0.1, None, id="contrastive-1500x200"),
+    pytest.param(lambda *s: random(*s).abs(), (3, 60, 41), 1.0, None, id="cost-like-gamma"),
     pytest.param(squared_distances, (2, 60, 41), 1e-4, None, id="tiny-gamma"),
     pytest.param(squared_distances, (2, 60, 41), 1e4, None, id="huge-gamma"),
     pytest.param(lambda *s: 1e4 * squared_distances(*s), (2, 60, 41), 1e-4, None, id="exponents-beyond-32-bits"),
