@@ -99,6 +99,7 @@ def record(op: str, args: argparse.Namespace, ceilings: dict[str, float], result
         "commit": commit(),
         "command": "python -m bench " + " ".join(sys.argv[1:]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "load": os.getloadavg()[0],  # of the machine when this was written: well above `threads` means it was not alone
         "ceilings": ceilings,
         "results": [asdict(r) for r in results],
     }
