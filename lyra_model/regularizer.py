@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +18,7 @@ def cross_modality_loss(
     *,
     temperature: float = 0.06,
     gamma: float = 0.1,
+    drop_cost: float = math.inf,
 ) -> Tensor:
     """The latent cross-modality regularizer (Lyra, arXiv 2412.09501, equations 1 and 2), mean over the batch.
 
@@ -25,6 +28,8 @@ def cross_modality_loss(
     Args:
         speech: (B, N, d) speech tokens; transcript: (B, M, d) embeddings of the transcript's tokens.
         speech_lengths, transcript_lengths: (B,) true lengths.
+        drop_cost: price of leaving a speech token out, so that silence need not be aligned to text; inf, as published,
+            aligns every one.
     """
     loss = lyra_ops.soft_dtw(
         speech.float(),
@@ -34,6 +39,7 @@ def cross_modality_loss(
         cost="contrastive",
         temperature=temperature,
         gamma=gamma,
+        drop_cost=None if drop_cost == math.inf else drop_cost,
     )
     return (loss / speech_lengths).mean()
 

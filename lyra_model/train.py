@@ -52,11 +52,13 @@ class Settings:
     align_lr: float = 1e-3
     joint_steps: int = 2000
     joint_batch: int = 16
-    joint_lr: float = 3e-4
+    joint_lr: float = 1e-3
+    projector_lr: float = 2e-4  # of the joint stage; at 1e-3 the language model loses what the align stage prepared
     regularizer: float = 0.5
-    temperature: float = 0.06
+    temperature: float = 1.0  # published: 0.06, on embeddings of a quarter of the norm
     gamma: float = 0.1
-    lora_rank: int = 8
+    drop_cost: float = 1.0  # price of leaving a speech token unaligned; inf is the published regularizer
+    lora_rank: int = 16
     frame_dropout: float = 0.1
     seed: int = 0
 
@@ -121,6 +123,7 @@ class JointStage(nn.Module):
                 torch.tensor([len(s) for s in said]),
                 temperature=settings.temperature,
                 gamma=settings.gamma,
+                drop_cost=settings.drop_cost,
             )
             losses["loss"] = cross_entropy + settings.regularizer * losses["regularizer"]
         return losses
@@ -173,11 +176,21 @@ def batches(utterances: list[Utterance], size: int, seed: int) -> Iterator[list[
                 yield [utterances[u] for u in rows[r]]
 
 
-def fit(stage: nn.Module, data: Iterator[list[Utterance]], *, steps: int, lr: float, out: Path, name: str) -> None:
+def fit(
+    stage: nn.Module,
+    data: Iterator[list[Utterance]],
+    *,
+    steps: int,
+    lr: float,
+    out: Path,
+    name: str,
+    projector_lr: float | None = None,
+) -> None:
     """Runs ``steps`` steps of AdamW with warm-up and cosine decay; resumes from ``out/name.pt`` if it is there."""
     accelerator = Accelerator(mixed_precision="bf16")
     trained = {n: p for n, p in stage.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), lr=lr, weight_decay=0.0)
+    groups = [{"params": [p], "lr": projector_lr or lr if "projector" in n else lr} for n, p in trained.items()]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     warmup = max(1, min(100, steps // 10))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: min((s + 1) / warmup, 0.5 * (1 + math.cos(math.pi * min(1.0, s / steps))) + 0.01)
@@ -282,10 +295,19 @@ def train(
     if settings.joint_steps:
         targets = r"language_model\..*\.(q_proj|k_proj|v_proj|o_proj)"
         lora = LoraConfig(r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, target_modules=targets)
-        model.add_adapter(lora, ADAPTER)
+        model.add_adapter(lora, ADAPTER)  # freezes all but the adapter
+        model.speech_projector.requires_grad_(True)
         stage = JointStage(model, processor, settings, answers)
         data = batches(utterances, settings.joint_batch, settings.seed + 1)
-        fit(stage, data, steps=settings.joint_steps, lr=settings.joint_lr, out=out, name="joint")
+        fit(
+            stage,
+            data,
+            steps=settings.joint_steps,
+            lr=settings.joint_lr,
+            projector_lr=settings.projector_lr,
+            out=out,
+            name="joint",
+        )
     save(model, settings, out)
 
 

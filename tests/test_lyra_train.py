@@ -46,13 +46,18 @@ def stopping(stages, steps):
     return batches
 
 
-def test_losses_fall_and_only_projector_and_adapter_change(tiny, utterances, tmp_path):  # noqa: F811
+def test_each_stage_trains_what_it_should(tiny, utterances, tmp_path):  # noqa: F811
     before = copy.deepcopy(tiny[0].state_dict())
-    run(tiny, utterances, tmp_path)
+    after = run(tiny, utterances, tmp_path)
+    assert all(torch.equal(before[n], p) for n, p in tiny[0].state_dict().items()), "the model handed in was changed"
+    aligned = torch.load(tmp_path / "align.pt")["weights"]
+    for name, weight in aligned.items():
+        trained = after[f"speech_{name}"]
+        assert not torch.equal(weight, trained), f"{name} rests in the joint stage"
+    assert all(p.abs().max() > 0 for n, p in after.items() if "lora_B" in n), "an adapter rests"
     for name in ("align", "joint"):
         rows = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
         assert rows[-1]["step"] == 12
-    assert all(torch.equal(before[n], p) for n, p in tiny[0].state_dict().items())
     assert {p.name for p in tmp_path.iterdir()} >= {
         "speech_projector.safetensors",
         "adapter_config.json",
