@@ -58,7 +58,7 @@ class Settings:
     temperature: float = 1.0  # published: 0.06, on embeddings of a quarter of the norm
     gamma: float = 0.1
     drop_cost: float = 1.0  # price of leaving a speech token unaligned; inf is the published regularizer
-    lora_rank: int = 16
+    lora_rank: int = 12
     frame_dropout: float = 0.1
     seed: int = 0
 
@@ -316,6 +316,9 @@ def save(model: LyraForConditionalGeneration, settings: Settings, out: Path) -> 
     state = {name: p.detach().to(torch.bfloat16) for name, p in model.speech_projector.state_dict().items()}
     save_file(state, out / nano.PROJECTOR_FILE)
     if model._hf_peft_config_loaded:
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.to(torch.bfloat16)
         PreTrainedModel.save_pretrained(model, out)  # transformers' own: the adapter alone
     (out / "training.json").write_text(json.dumps(dataclasses.asdict(settings), indent=1) + "\n")
 
