@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path(".cache/speech"), help="default %(default)s")
     parser.add_argument("--sizes", type=int, nargs="+", default=[500, 1500, 4500], help="default %(default)s")
     parser.add_argument("--variants", nargs="+", choices=REGULARIZERS, default=["none", "with dropping"])
-    parser.add_argument("--init", type=Path, default=nano.TRAINED, help="folder of the aligned projector")
+    parser.add_argument("--init", type=Path, default=Path("out/aligned"), help="`lyra train --joint-steps 0 --out` it")
     parser.add_argument("--seeds", type=int, default=3, help="default %(default)s")
     parser.add_argument("--steps", type=int, help="default: 250 of the align stage, 40 of the joint stage")
     parser.add_argument("--limit", type=int, default=100, help="phrases and questions to judge by, default %(default)s")
