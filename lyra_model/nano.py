@@ -10,11 +10,14 @@ import hashlib
 import importlib.metadata
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, WhisperConfig, WhisperFeatureExtractor
+from transformers.utils import logging
 
 from .config import LyraConfig
 from .ctranslate2_weights import read_whisper_encoder
@@ -96,7 +99,8 @@ def load_nano(trained: str | Path = TRAINED, **kwargs) -> tuple[LyraForCondition
     model = LyraForConditionalGeneration.from_pretrained(base, **kwargs).eval()
     model.speech_projector.load_state_dict(weights)
     if (trained / "adapter_config.json").exists():
-        model.load_adapter(str(trained), adapter_name="speech")
+        with _quiet():
+            model.load_adapter(str(trained), adapter_name="speech")
     return model, LyraProcessor.from_pretrained(base)
 
 
@@ -114,6 +118,17 @@ def assembled(*, projector_hidden_size: int = 1024) -> Path:
         except OSError:
             shutil.rmtree(partial)
     return whole
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences transformers, which reports every weight that an adapter rightly does not hold as missing."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _fingerprint() -> str:
