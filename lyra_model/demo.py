@@ -20,26 +20,31 @@ from .targets import REPEAT
 from .voices import speak
 
 VOICE = "piper:joe"
+ANSWER_TOKENS = 24
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for the sound files and the picture")
+    parser.add_argument("--questions", type=int, default=5, help="how many of the eight questions to ask, default 5")
     parser.add_argument("--model", default="nano", help="nano, a checkpoint folder or a hub id; default nano")
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.questions < 1:
+        raise ValueError(f"--questions: got {args.questions}, expected at least 1")
     args.out.mkdir(parents=True, exist_ok=True)
     print("Loading the model (put together from its packages the first time: half a minute) ...", flush=True)
     model, processor = load(args.model)
-    for number, text in enumerate((t.text for t in load_texts("demo")), start=1):
+    questions = [t.text for t in load_texts("demo")][: args.questions]
+    for number, text in enumerate(questions, start=1):
         path = args.out / f"question_{number}.wav"
         save_audio(path, *speak(text, VOICE))
         clip = load_audio(path)
         began = time.perf_counter()
-        spoken = reply(model, processor, [user_message(clip)])[0]
+        spoken = reply(model, processor, [user_message(clip)], max_new_tokens=ANSWER_TOKENS)[0]
         seconds = time.perf_counter() - began
         heard = reply(model, processor, [user_message(clip, REPEAT)])[0]
-        typed = reply(model, processor, [user_message(text=text)])[0]
+        typed = reply(model, processor, [user_message(text=text)], max_new_tokens=ANSWER_TOKENS)[0]
         print(f"\n{number}. said   : {text}   ({len(clip) / 16000:.1f} s of speech, {path})")
         print(f"   heard  : {heard}")
         print(f"   spoken : {spoken}   ({seconds:.1f} s)")
