@@ -71,7 +71,7 @@ def draw_alignment(
     speech = model.get_speech_features(inputs["input_features"], inputs["feature_frames"], inputs["speech_tokens"])
     ids = processor.tokenizer(transcript, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
     text = model.get_input_embeddings()(ids)
-    cost = -torch.log_softmax(speech.float() @ text.float().T / 0.06, dim=-1)
+    cost = -torch.log_softmax(speech.float() @ text.float().T, dim=-1)  # the contrastive cost that it was trained with
     alignment = lyra_ops.soft_dtw_alignment(cost[None], gamma=0.1)[0]
 
     figure, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
