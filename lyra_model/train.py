@@ -327,7 +327,7 @@ def save(model: LyraForConditionalGeneration, settings: Settings, out: Path) -> 
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.data = parameter.data.to(torch.bfloat16)
-        model.peft_config[ADAPTER].base_model_name_or_path = "nano"  # rather than a folder of this machine
+        model.peft_config[ADAPTER].base_model_name_or_path = None  # else a folder of this machine
         PreTrainedModel.save_pretrained(model, out)  # transformers' own: the adapter alone
     (out / "training.json").write_text(json.dumps(dataclasses.asdict(settings), indent=1) + "\n")
 
