@@ -58,10 +58,10 @@ def ctc_alignment_loss(
 ) -> Tensor:
     """CTC over cos(s - mu, t - mu) / temperature, mu the mean embedding: speech tokens become vocabulary rows.
 
-    A cheap pre-alignment, before the language model is ever run. With plain products s . t the classes separate while s
-    stays far from every row (cosine 0.2), and the language model cannot read it; the cosine pulls s towards the row
-    itself. The squared relative distance of ||s - mu|| from the rows' mean, times ``norm_weight``, is added: the
-    cosine leaves the norm free. The classes are the batch's own tokens, ``negatives`` random rows and the blank.
+    A cheap pre-alignment, before the language model is ever run. Plain products s . t fix the order of the classes but
+    not the direction of s; the cosine pulls s towards the row itself, which the language model can read. The squared
+    relative distance of ||s - mu|| from the rows' mean, times ``norm_weight``, is added: the cosine leaves the norm
+    free. The classes are the batch's own tokens, ``negatives`` random rows and the blank.
 
     Args:
         speech: (B, N, d); embedding: (V, d), frozen; blank: (d,) row that says nothing.
