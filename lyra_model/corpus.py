@@ -8,7 +8,8 @@ Training texts come from three sources, so that the vocabulary is open (a closed
 
 Texts to judge by: "heldout", 200 example phrases, and the files data/everyday_questions.txt and
 data/demo_questions.txt, all written or fixed before any training. No training text shares five words in a row with
-any of them (nor holds one of them whole, where it is shorter than that).
+any of them (nor holds one of them whole, where it is shorter than that). Choices between settings are made on "dev",
+400 texts of the training's own kinds, and on nothing else.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from typing import NamedTuple
 
 from lyra_model.wordnet import WORDNET_DIR, Synset, WordNet, read_wordnet
 
-SPLITS = ("train", "heldout", "everyday", "demo")
+SPLITS = ("train", "dev", "heldout", "everyday", "demo")
 
 _DATA = Path(__file__).parent / "data"
 _HELDOUT_PHRASES = 200
+_DEV_TEXTS = 400
 _QUESTIONS = 15_000
 _GLOSSES = 20_000
 _SHARED_WORDS = 5
@@ -45,8 +47,8 @@ def load_texts(split: str, seed: int = 0, wordnet_dir: Path = WORDNET_DIR) -> li
     """The texts of a split.
 
     Args:
-        split: "train" (all kinds, in random order), "heldout" (phrases), "everyday" or "demo" (questions).
-        seed: draws the training questions and the order of the training texts; the other splits never change.
+        split: "train" and "dev" (all kinds, in random order), "heldout" (phrases), "everyday" or "demo" (questions).
+        seed: draws the questions and the order of train and dev together; the other splits never change.
         wordnet_dir: where the data files of WordNet 3.0 lie; "everyday" and "demo" do without.
 
     Raises:
@@ -76,7 +78,7 @@ def load_texts(split: str, seed: int = 0, wordnet_dir: Path = WORDNET_DIR) -> li
     kept_apart = _Overlap([*heldout, *_read_lines("everyday_questions.txt"), *_read_lines("demo_questions.txt")])
     texts = [candidate for candidate in candidates if not kept_apart.found_in(candidate.text)]
     rng.shuffle(texts)
-    return texts
+    return texts[-_DEV_TEXTS:] if split == "dev" else texts[:-_DEV_TEXTS]
 
 
 def words_of(text: str) -> list[str]:

@@ -2,6 +2,8 @@
 
 - repeat: word error rate when asked to repeat 200 open-vocabulary phrases.
 - answer: how often a spoken everyday question gets the answer of the same question typed, over 200 of them.
+
+``--split dev`` judges by 400 other texts of the training's kinds: settings are chosen by those, never by the above.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ AGREEMENT = 0.5  # word F1 from which two answers count as the same
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="nano", help="nano, or a folder written by lyra train; default nano")
     parser.add_argument("--cache", type=Path, default=Path(".cache/speech"), help="folder of the evaluation speech")
+    parser.add_argument("--split", choices=["test", "dev"], default="test", help="texts to judge by; default test")
     parser.add_argument("--limit", type=int, default=200, help="utterances of each kind, default 200")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write figures and all replies to this file")
 
@@ -38,9 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     synthesize_evaluation(args.cache)
     model, processor = load(args.model)
-    phrases = [u for shard in shard_paths(args.cache / "heldout") for u in read_shard(shard)][: args.limit]
-    questions = [u for shard in shard_paths(args.cache / "everyday") for u in read_shard(shard)][: args.limit]
-    result = {"repeat": repeat(model, processor, phrases), "answer": answer(model, processor, questions)}
+    result = evaluate(model, processor, *spoken(args.cache, args.split, args.limit))
     for task, figures in result.items():
         for name, value in figures.items():
             if name != "rows":
@@ -48,6 +49,27 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0
+
+
+def spoken(cache: Path, split: str, limit: int) -> tuple[list[Utterance], list[Utterance]]:
+    """What to repeat and what to answer, at most ``limit`` of each, from the folders that synthesis made."""
+    if split == "test":
+        phrases, questions = _utterances(cache / "heldout"), _utterances(cache / "everyday")
+    else:
+        dev = _utterances(cache / "dev")
+        phrases = [u for u in dev if u.kind != "question"]
+        questions = [u for u in dev if u.kind == "question"]
+    return phrases[:limit], questions[:limit]
+
+
+def evaluate(
+    model: LyraForConditionalGeneration,
+    processor: LyraProcessor,
+    phrases: list[Utterance],
+    questions: list[Utterance],
+) -> dict[str, dict]:
+    """The figures of both tasks and every reply."""
+    return {"repeat": repeat(model, processor, phrases), "answer": answer(model, processor, questions)}
 
 
 def repeat(model: LyraForConditionalGeneration, processor: LyraProcessor, utterances: list[Utterance]) -> dict:
@@ -96,6 +118,10 @@ def word_f1(a: str, b: str) -> float:
     """2 x shared words / all words of both, as in SQuAD's answer score."""
     a_words, b_words = normalize(a).split(), normalize(b).split()
     return 2 * sum((Counter(a_words) & Counter(b_words)).values()) / (len(a_words) + len(b_words))
+
+
+def _utterances(folder: Path) -> list[Utterance]:
+    return [utterance for shard in shard_paths(folder) for utterance in read_shard(shard)]
 
 
 def _clip(utterance: Utterance) -> np.ndarray:

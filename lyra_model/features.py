@@ -44,7 +44,8 @@ def encode_shard(shard: Path, out: Path, model: LyraForConditionalGeneration, pr
             window_seconds=processor.window_seconds,
             pad_seconds=processor.pad_seconds,
         )
-        encoded = model.encode_speech(windows.features, windows.frames)
+        with torch.autocast("cpu", dtype=torch.bfloat16):  # nearly twice as fast; they are kept in 16 bits anyway
+            encoded = model.encode_speech(windows.features, windows.frames)
         pieces = [f[: n * processor.frames_per_token] for f, n in zip(encoded, windows.tokens.tolist())]
         for u, clip in zip(batch, clips):
             count = -(-len(clip) // round(processor.window_seconds * SAMPLE_RATE))

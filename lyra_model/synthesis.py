@@ -148,8 +148,8 @@ def _make_shard(shard: Path, first: int, texts: list[Text], voices: list[str] | 
 
 def synthesize_evaluation(out_dir: Path, *, seed: int = 0, workers: int = 1) -> None:
     """Speak the texts to judge by into a folder per split, half of them by Piper's joe, half by the unseen voice."""
-    for split in ("heldout", "everyday", "demo"):
-        texts = load_texts(split)
+    for split in ("dev", "heldout", "everyday", "demo"):
+        texts = load_texts(split, seed)
         voices = [("piper:joe", UNSEEN_VOICE)[place % 2] for place in range(len(texts))]
         synthesize(texts, out_dir / split, seed=seed, workers=workers, voices=voices)
 

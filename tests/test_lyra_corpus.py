@@ -2,13 +2,13 @@ import re
 
 import pytest
 
-from lyra_model.corpus import SPLITS, load_texts, words_of
+from lyra_model.corpus import load_texts, words_of
 from lyra_model.wordnet import WORDNET_DIR, WordNetMissingError, read_wordnet
 
 needs_wordnet = pytest.mark.skipif(
     not (WORDNET_DIR / "data.noun").exists(), reason="no WordNet data files: apt install wordnet-base"
 )
-JUDGED = tuple(split for split in SPLITS if split != "train")
+JUDGED = ("heldout", "everyday", "demo")
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,14 @@ def test_no_training_text_shares_five_words_in_a_row_with_a_judged_one(train):
         words = words_of(text)
         assert not five & runs(words, 5), text
         assert not short & set().union(*(runs(words, length) for length in range(1, 5))), text
+
+
+@needs_wordnet
+def test_dev_texts_are_of_the_same_kinds_but_not_among_the_training_texts(train):
+    dev = load_texts("dev")
+    assert len(dev) == 400
+    assert {text.kind for text in dev} == {text.kind for text in train}
+    assert not set(dev) & set(train)
 
 
 @needs_wordnet

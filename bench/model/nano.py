@@ -1,11 +1,12 @@
 """python -m bench.model.nano <table>: what the training of Nano Lyra rests on, measured small, several seeds.
 
+- eval: what `lyra eval` reports, with every reply.
 - size: word error rate of the vocabulary rows nearest to the speech tokens, after the align stage alone, against the
   number of training utterances.
 - regularizer: the joint stage with and without the cross-modality regularizer, from one aligned projector; same
   seeds, same batches, same steps (the paper's table 3, on the scale of a laptop).
 
-Both need the speech that `lyra train` and `lyra eval` put into --cache.
+size and regularizer need the training speech that `lyra train` puts into --cache.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from lyra_model.features import encode_folder, load_features
 from lyra_model.modeling import LyraForConditionalGeneration
 from lyra_model.processor import LyraProcessor
 from lyra_model.regularizer import nearest_tokens
-from lyra_model.synthesis import read_shard, shard_paths, synthesize_evaluation
+from lyra_model.synthesis import synthesize_evaluation
 from lyra_model.targets import answer_questions
 from lyra_model.train import Settings, blank_id, train
 
@@ -42,10 +43,10 @@ REGULARIZERS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.model.nano", description=__doc__.splitlines()[0])
-    parser.add_argument("table", choices=["size", "regularizer"])
+    parser.add_argument("table", choices=["eval", "size", "regularizer"])
     parser.add_argument("--cache", type=Path, default=Path(".cache/speech"), help="default %(default)s")
     parser.add_argument("--sizes", type=int, nargs="+", default=[500, 1500, 4500], help="default %(default)s")
-    parser.add_argument("--variants", nargs="+", choices=REGULARIZERS, default=["none", "with dropping"])
+    parser.add_argument("--variants", nargs="+", choices=REGULARIZERS, default=list(REGULARIZERS))
     parser.add_argument("--init", type=Path, default=Path("out/aligned"), help="`lyra train --joint-steps 0 --out` it")
     parser.add_argument("--seeds", type=int, default=3, help="default %(default)s")
     parser.add_argument("--steps", type=int, help="default: 250 of the align stage, 40 of the joint stage")
@@ -54,7 +55,8 @@ def main() -> None:
     began = time.monotonic()
     base = nano.assembled()
     processor = LyraProcessor.from_pretrained(base)
-    rows = size(args, base, processor) if args.table == "size" else regularizer(args, base, processor)
+    synthesize_evaluation(args.cache)
+    rows = {"eval": full, "size": size, "regularizer": regularizer}[args.table](args, base, processor)
     device = device_name("cpu")
     path = HERE / "results" / slug(device) / f"nano_{args.table}.json"
     record = {
@@ -70,6 +72,13 @@ def main() -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"written to {path}")
+
+
+def full(args: argparse.Namespace, base: Path, processor: LyraProcessor) -> dict:
+    model, processor = nano.load_nano()
+    result = evaluate.evaluate(model, processor, *evaluate.spoken(args.cache, "test", args.limit))
+    print({k: round(v, 3) for task in result.values() for k, v in task.items() if k != "rows"})
+    return result
 
 
 def size(args: argparse.Namespace, base: Path, processor: LyraProcessor) -> list[dict]:
@@ -90,7 +99,7 @@ def nearest(args: argparse.Namespace, model: LyraForConditionalGeneration, proce
     """Word error rate by voice of the nearest vocabulary rows: no language model takes part."""
     embedding = model.get_input_embeddings().weight
     said: dict[str, tuple[list[str], list[str]]] = {}
-    for utterance in load_features(encode_folder(args.cache / "heldout", model, processor))[: args.limit]:
+    for utterance in load_features(encode_folder(args.cache / "dev", model, processor))[: args.limit]:
         speech = model.speech_projector(torch.from_numpy(utterance.frames.astype("float32")))
         read = processor.tokenizer.decode(nearest_tokens(speech, embedding, embedding[blank_id(processor)]))
         truth, heard = said.setdefault(utterance.voice, ([], []))
@@ -100,9 +109,7 @@ def nearest(args: argparse.Namespace, model: LyraForConditionalGeneration, proce
 
 
 def regularizer(args: argparse.Namespace, base: Path, processor: LyraProcessor) -> list[dict]:
-    synthesize_evaluation(args.cache)
-    phrases = [u for shard in shard_paths(args.cache / "heldout") for u in read_shard(shard)][: args.limit]
-    questions = [u for shard in shard_paths(args.cache / "everyday") for u in read_shard(shard)][: args.limit]
+    judged = evaluate.spoken(args.cache, "test", args.limit)
     start = fresh(base)
     utterances = load_features(encode_folder(args.cache / "train", start, processor))
     asked = [u.text for u in utterances if u.kind == "question"]
@@ -117,8 +124,8 @@ def regularizer(args: argparse.Namespace, base: Path, processor: LyraProcessor) 
             with tempfile.TemporaryDirectory() as out:
                 train(model, processor, utterances, answers, settings, Path(out), init=args.init)
             model.eval().to(torch.bfloat16)
-            figures = evaluate.repeat(model, processor, phrases) | evaluate.answer(model, processor, questions)
-            figures = {k: round(v, 4) for k, v in figures.items() if k != "rows"}
+            tasks = evaluate.evaluate(model, processor, *judged)
+            figures = {k: round(v, 4) for task in tasks.values() for k, v in task.items() if k != "rows"}
             rows.append({"variant": variant, "seed": seed, **figures, "settings": dataclasses.asdict(settings)})
             print({k: v for k, v in rows[-1].items() if k != "settings"}, flush=True)
     for variant in args.variants:
