@@ -51,13 +51,14 @@ def _setting(default: float, text: str) -> Any:
 class Settings:
     """Everything that decides the trained weights, and is written beside them; the defaults made those of nano."""
 
-    utterances: int = _setting(7500, "texts to speak and to learn from, the first of a fixed order")
-    align_steps: int = _setting(1500, "optimizer steps of the align stage")
+    utterances: int = _setting(31_000, "texts to speak and to learn from, the first of a fixed order")
+    align_steps: int = _setting(2400, "optimizer steps of the align stage")
     align_batch: int = _setting(64, "utterances per step of the align stage")
     align_lr: float = _setting(1e-3, "peak learning rate of the align stage")
     joint_steps: int = _setting(700, "optimizer steps of the joint stage; 0 leaves it out")
     joint_batch: int = _setting(16, "utterances per step of the joint stage")
     joint_lr: float = _setting(1e-3, "peak learning rate of the adapter")
+    question_repeats: int = _setting(3, "times a question is drawn in a round of the joint stage, others once")
     # Lower than the adapter's, so that the projector keeps what the align stage prepared.
     projector_lr: float = _setting(2e-4, "peak learning rate of the projector in the joint stage")
     regularizer: float = _setting(0.5, "lambda, weight of the cross-modality regularizer; 0 leaves it out")
@@ -302,7 +303,9 @@ def train(
         model.add_adapter(lora, ADAPTER)  # freezes all but the adapter
         model.speech_projector.requires_grad_(True)
         stage = JointStage(model, processor, settings, answers)
-        data = batches(utterances, settings.joint_batch, settings.seed + 1)
+        questions = [u for u in utterances if u.text in answers]
+        drawn = utterances + (settings.question_repeats - 1) * questions
+        data = batches(drawn, settings.joint_batch, settings.seed + 1)
         fit(
             stage,
             data,
