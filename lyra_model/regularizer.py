@@ -31,17 +31,14 @@ def cross_modality_loss(
         drop_cost: price of leaving a speech token out, so that silence need not be aligned to text; inf, as published,
             aligns every one.
     """
-    loss = lyra_ops.soft_dtw(
-        speech.float(),
-        transcript.float(),
-        speech_lengths,
-        transcript_lengths,
+    loss = lyra_ops.SoftDTWLoss(
         cost="contrastive",
         temperature=temperature,
         gamma=gamma,
         drop_cost=None if drop_cost == math.inf else drop_cost,
+        normalize="x",
     )
-    return (loss / speech_lengths).mean()
+    return loss(speech.float(), transcript.float(), speech_lengths, transcript_lengths)
 
 
 def ctc_alignment_loss(

@@ -70,14 +70,7 @@ def soft_dtw(
 
     ``temperature`` > 0 belongs to "contrastive" alone.
     """
-    check_tensor("x", x, shape=("B", "N", "D"), dtypes=FLOAT_DTYPES)
-    check_tensor("y", y, shape=(x.shape[0], "M", x.shape[2]), dtypes=FLOAT_DTYPES, device=x.device)
-    check_option("cost", cost, COSTS)
-    if temperature <= 0 or (cost != "contrastive" and temperature != 1.0):
-        raise ValueError(
-            f"temperature: got {temperature} with cost={cost!r}, expected > 0, and 1.0 if not 'contrastive'"
-        )
-    shape = (x.shape[0], x.shape[1], y.shape[1])
+    shape = check_features(x, y, cost, temperature)
     x_lengths, y_lengths, gamma, band, drop_cost = _check(
         shape, x.device, x_lengths, y_lengths, gamma, band, drop_cost, names=("x", "y")
     )
@@ -159,6 +152,18 @@ def dtw_path(
         raise ValueError(f"cost: sample {sample} holds NaN or -inf, expected numbers on all cells that may be matched")
     # Steps never go back, so reading the cells row by row is reading the path.
     return [cells.nonzero() for cells in on_path]
+
+
+def check_features(x: object, y: object, cost: str, temperature: float) -> tuple[int, int, int]:
+    """Returns (B, N, M)."""
+    check_tensor("x", x, shape=("B", "N", "D"), dtypes=FLOAT_DTYPES)
+    check_tensor("y", y, shape=(x.shape[0], "M", x.shape[2]), dtypes=FLOAT_DTYPES, device=x.device)
+    check_option("cost", cost, COSTS)
+    if temperature <= 0 or (cost != "contrastive" and temperature != 1.0):
+        raise ValueError(
+            f"temperature: got {temperature} with cost={cost!r}, expected > 0, and 1.0 if not 'contrastive'"
+        )
+    return x.shape[0], x.shape[1], y.shape[1]
 
 
 def _check_cost(cost: object) -> Tensor:
