@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lyra_ops._backend import choose
 from lyra_ops._checks import FLOAT_DTYPES, INT_DTYPES, check_tensor, readable
-from lyra_ops.multi_lora import reference
+from lyra_ops.multi_lora import cpu, reference
 
 MAX_RANK = 512
 
@@ -106,6 +106,7 @@ class LoraRouting:
                 )
         self.adapter_ids = adapter_ids
         self.names = bank.names
+        self.plan = cpu.Plan(adapter_ids, len(bank.names)) if readable(adapter_ids) else None
 
 
 def multi_lora_linear(
@@ -137,6 +138,9 @@ def multi_lora_linear(
     a data-parallel group waits for another. Deterministic: the same bits from run to run. A token in another batch gets
     the same bits only if the matrix product of torch gives them, which it does not promise.
 
+    ``backend``: None chooses; "cpu" multiplies each adapter with its own tokens, "reference" all adapters with all
+    tokens, everywhere and under torch.compile.
+
     Raises TypeError or ValueError for arguments that do not fit together.
 
     Source: Lyra (ICCV 2025), section 3.2, whose code switches one adapter per request; peft's LoRA layer (the same sum,
@@ -160,19 +164,14 @@ def multi_lora_linear(
         raise TypeError(f"dropout_p: got {type(dropout_p).__name__}, expected a number")
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p: got {dropout_p}, expected 0 to 1")
-    choose("multi_lora_linear", {"reference": None}, backend)
-    y = reference.multi_lora_linear(
-        # Two dimensions, because batched matrix products of a strided x are many times slower.
-        x.flatten(0, -2),
-        weight,
-        bias,
-        bank.a,
-        bank.b,
-        bank.owner,
-        bank.scaling,
-        routing.adapter_ids.flatten(),
-        dropout_p if training else 0.0,
-    )
+    backend = choose("multi_lora_linear", {"cpu": _why_not_cpu(x, routing), "reference": None}, backend)
+    # Two dimensions, because batched matrix products of a strided x are many times slower.
+    layer = (x.flatten(0, -2), weight, bias, bank.a, bank.b, bank.owner, bank.scaling)
+    ids, dropout_p = routing.adapter_ids.flatten(), dropout_p if training else 0.0
+    if backend == "cpu":
+        y = cpu.multi_lora_linear(*layer, bank.ranks, ids, routing.plan, dropout_p)
+    else:
+        y = reference.multi_lora_linear(*layer, ids, dropout_p)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -197,6 +196,14 @@ def _check_adapter(name: object, adapter: object, like: tuple[Tensor, Tensor] | 
     if not abs(scaling) < math.inf:
         raise ValueError(f"scaling {of}: got {scaling}, expected a finite number")
     return a, b
+
+
+def _why_not_cpu(x: Tensor, routing: LoraRouting) -> str | None:
+    if x.device.type != "cpu":
+        return f"the tensors are on {x.device.type}"
+    if torch.compiler.is_compiling() or routing.plan is None:
+        return "the sizes of its products depend on the ids, which torch.compile cannot know"
+    return None
 
 
 def _check_routing(routing: LoraRouting, bank: LoraBank, x: Tensor) -> None:
