@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from numbers import Real
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lyra_ops._backend import choose
@@ -160,19 +161,43 @@ def multi_lora_linear(
     check_tensor("bank.a", bank.a, shape=("R", x.shape[-1]), device=x.device)
     check_tensor("bank.b", bank.b, shape=("R", weight.shape[0]))
     _check_routing(routing, bank, x)
+    backend = _choose(x, routing, backend)
+    y = F.linear(x, weight, bias)
+    return add_adapters(y, x, bank, routing, dropout_p=dropout_p, training=training, backend=backend)
+
+
+def add_adapters(
+    y: Tensor,
+    x: Tensor,
+    bank: LoraBank,
+    routing: LoraRouting,
+    *,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Adds the adapters' part of `multi_lora_linear` to y, in place: for base layers that have a forward of their own.
+
+    y (T, N) or (B, L, N), what the base layer made of x; the other arguments, and the errors, are those of
+    `multi_lora_linear`. Returns y.
+    """
+    check_tensor("y", y, shape=(*x.shape[:-1], "N"), dtypes=FLOAT_DTYPES, device=x.device)
+    check_tensor("bank.a", bank.a, shape=("R", x.shape[-1]), device=x.device)
+    check_tensor("bank.b", bank.b, shape=("R", y.shape[-1]))
+    _check_routing(routing, bank, x)
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, Real):
         raise TypeError(f"dropout_p: got {type(dropout_p).__name__}, expected a number")
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p: got {dropout_p}, expected 0 to 1")
-    backend = choose("multi_lora_linear", {"cpu": _why_not_cpu(x, routing), "reference": None}, backend)
+    backend = _choose(x, routing, backend)
     # Two dimensions, because batched matrix products of a strided x are many times slower.
-    layer = (x.flatten(0, -2), weight, bias, bank.a, bank.b, bank.owner, bank.scaling)
+    tokens = (y.flatten(0, -2), x.flatten(0, -2), bank.a, bank.b, bank.owner, bank.scaling)
     ids, dropout_p = routing.adapter_ids.flatten(), dropout_p if training else 0.0
     if backend == "cpu":
-        y = cpu.multi_lora_linear(*layer, bank.ranks, ids, routing.plan, dropout_p)
+        done = cpu.add_adapters(*tokens, bank.ranks, ids, routing.plan, dropout_p)
     else:
-        y = reference.multi_lora_linear(*layer, ids, dropout_p)
-    return y.view(*x.shape[:-1], weight.shape[0])
+        done = reference.add_adapters(*tokens, ids, dropout_p)
+    return done.view(y.shape)
 
 
 def _check_adapter(name: object, adapter: object, like: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
@@ -198,12 +223,14 @@ def _check_adapter(name: object, adapter: object, like: tuple[Tensor, Tensor] | 
     return a, b
 
 
-def _why_not_cpu(x: Tensor, routing: LoraRouting) -> str | None:
+def _choose(x: Tensor, routing: LoraRouting, backend: str | None) -> str:
     if x.device.type != "cpu":
-        return f"the tensors are on {x.device.type}"
-    if torch.compiler.is_compiling() or routing.plan is None:
-        return "the sizes of its products depend on the ids, which torch.compile cannot know"
-    return None
+        why_not_cpu = f"the tensors are on {x.device.type}"
+    elif torch.compiler.is_compiling() or routing.plan is None:
+        why_not_cpu = "the sizes of its products depend on the ids, which torch.compile cannot know"
+    else:
+        why_not_cpu = None
+    return choose("multi_lora_linear", {"cpu": why_not_cpu, "reference": None}, backend)
 
 
 def _check_routing(routing: LoraRouting, bank: LoraBank, x: Tensor) -> None:

@@ -35,10 +35,9 @@ class Plan:
             self.order = ids.argsort(stable=True)[len(ids) - routed :]
 
 
-def multi_lora_linear(
+def add_adapters(
+    y: Tensor,
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
     a: Tensor,
     b: Tensor,
     owner: Tensor,
@@ -48,12 +47,11 @@ def multi_lora_linear(
     plan: Plan,
     dropout_p: float,
 ) -> Tensor:
-    """As `reference.multi_lora_linear`; ranks and plan are what it would have to read off owner and adapter_ids."""
+    """As `reference.add_adapters`; ranks and plan are what it would have to read off owner and adapter_ids."""
     if not plan.present:
-        return _WithZeroGradients.apply(F.linear(x, weight, bias), a, b)
+        return _WithZeroGradients.apply(y, a, b)
     if len(plan.present) > 1 and len(x) <= FEW_TOKENS:
-        return reference.multi_lora_linear(x, weight, bias, a, b, owner, scaling, adapter_ids, dropout_p)
-    y = F.linear(x, weight, bias)
+        return reference.add_adapters(y, x, a, b, owner, scaling, adapter_ids, dropout_p)
     if dropout_p:
         x = F.dropout(x, dropout_p)
     x = x.to(y.dtype)  # y's dtype may be autocast's choice

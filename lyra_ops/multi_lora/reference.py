@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def multi_lora_linear(
+def add_adapters(
+    y: Tensor,
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
     a: Tensor,
     b: Tensor,
     owner: Tensor,
@@ -21,14 +20,15 @@ def multi_lora_linear(
     adapter_ids: Tensor,
     dropout_p: float,
 ) -> Tensor:
-    """y (T, N) of x (T, K); a (R, K) and b (R, N) hold row after row of all adapters, owner (R,) says whose each is.
+    """y (T, N), the base layer's result for x (T, K), plus the adapters', in place.
+
+    a (R, K) and b (R, N) hold row after row of all adapters, owner (R,) says whose each is.
 
     All adapters see all tokens in one product, then each token keeps the rows of its own. That costs the sum of the
     ranks instead of one rank, 2 R (K + N) FLOPs per token beside the layer's 2 K N, but it moves no token, reads
     nothing back from the device, adds in one fixed order, and absent adapters get their zero gradients by themselves.
     (It follows that an infinite B of one adapter turns all tokens into NaN.)
     """
-    y = F.linear(x, weight, bias)
     if dropout_p:
         x = F.dropout(x, dropout_p)
     # y's dtype may be autocast's choice. Master adapters in float32 come down to it: activations are never widened.

@@ -1,0 +1,352 @@
+"""apply_multi_lora on tiny models of peft and transformers: unpatched peft, one adapter at a time, is the oracle."""
+
+from __future__ import annotations
+
+import filecmp
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lyra_ops
+from lyra_ops.integrations import apply_multi_lora, modality_adapters
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+RANKS = {"image": 4, "speech": 3, "image+speech": 8}
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+MIXED = ["speech", None, "image+speech", "speech"]
+
+
+def llama(**options) -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
+        **options,
+    )
+    return transformers.LlamaForCausalLM(config).double()
+
+
+def with_adapters(model: nn.Module, **options) -> nn.Module:
+    """A PeftModel with three adapters of unequal rank and scaling, none of them zero."""
+    torch.manual_seed(1)
+    for name, rank in RANKS.items():
+        settings = {"r": rank, "lora_alpha": 6, "target_modules": LINEARS, "init_lora_weights": False} | options
+        if name == "speech":  # one that does not reach all layers
+            settings |= {"target_modules": ["q_proj", "v_proj"], "use_rslora": True}
+        config = peft.LoraConfig(**settings)
+        if isinstance(model, peft.PeftModel):
+            model.add_adapter(name, config)
+        else:
+            model = peft.get_peft_model(model, config, adapter_name=name, autocast_adapter_dtype=False)
+    return model.double()
+
+
+def batch() -> dict[str, Tensor]:
+    ids = torch.randint(1, 50, (4, 7), generator=torch.Generator().manual_seed(0))
+    ids[1, :3] = 0
+    return {"input_ids": ids, "attention_mask": (ids != 0).long()}
+
+
+def alone(model: nn.Module, inputs: dict[str, Tensor], sample: int, adapter: str | None) -> Tensor:
+    """Logits of one sample, by unpatched peft with one adapter."""
+    own = {name: value[sample : sample + 1] for name, value in inputs.items()}
+    if adapter is None:
+        with model.disable_adapter():
+            return model(**own).logits
+    model.set_adapter(adapter)
+    return model(**own).logits
+
+
+def real(logits: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+    return logits[inputs["attention_mask"].bool()]
+
+
+def test_mixed_batch_is_each_sample_by_its_own_adapter() -> None:
+    inputs, model = batch(), with_adapters(llama()).eval()
+    want = torch.cat([alone(model, inputs, b, name) for b, name in enumerate(MIXED)])
+    named = model(**inputs, adapter_names=[name or "__base__" for name in MIXED]).logits
+    routed = apply_multi_lora(model)
+    with routed.route(MIXED):
+        got = model(**inputs).logits
+    torch.testing.assert_close(real(got, inputs), real(want, inputs))
+    torch.testing.assert_close(real(got, inputs), real(named, inputs))
+
+
+def test_ids_per_token_in_one_layer() -> None:
+    torch.manual_seed(0)
+    model = with_adapters(nn.ModuleDict({"q_proj": nn.Linear(6, 5)}), target_modules=["q_proj"]).eval()
+    layer = model.base_model.model["q_proj"]
+    x, ids = torch.randn(2, 9, 6).double(), torch.randint(-1, 3, (2, 9))
+    want = torch.empty(2, 9, 5).double()
+    for e, name in enumerate(RANKS):
+        model.set_adapter(name)
+        want[ids == e] = layer(x)[ids == e]
+    want[ids == -1] = layer.base_layer(x)[ids == -1]
+    routed = apply_multi_lora(model)
+    assert routed.names == tuple(RANKS)
+    with routed.route(ids):
+        torch.testing.assert_close(layer(x), want)
+    with routed.route(ids.flatten()):
+        torch.testing.assert_close(layer(x.flatten(0, 1)), want.flatten(0, 1))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_one_step_gives_the_gradients_of_separate_runs(checkpointing: bool) -> None:
+    inputs, model = batch(), with_adapters(llama()).train()
+    weights = {name: p for name, p in model.named_parameters() if "lora_" in name}
+    for p in weights.values():
+        p.requires_grad_()
+    want = dict.fromkeys(weights, 0.0)
+    for b, adapter in enumerate(MIXED):
+        if adapter is None:
+            continue
+        loss = real(alone(model, inputs, b, adapter), {k: v[b : b + 1] for k, v in inputs.items()}).square().sum()
+        for p in weights.values():
+            p.requires_grad_()
+        for p in weights.values():
+            p.grad = None
+        loss.backward()
+        for name, p in weights.items():
+            want[name] = want[name] + (0.0 if p.grad is None else p.grad)
+            p.grad = None
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    routed = apply_multi_lora(model)
+    for p in weights.values():
+        p.requires_grad_()
+    with routed.route(MIXED):
+        first = real(model(**inputs).logits, inputs).square().sum()
+    with routed.route([None] * 4):  # another routing in between must not reach the recomputation of the first
+        model(**inputs)
+    first.backward()
+    for name, p in weights.items():
+        assert p.grad is not None, name
+        torch.testing.assert_close(p.grad, torch.as_tensor(want[name]).expand_as(p).to(p.dtype), msg=name)
+        assert bool(p.grad.any()) == (".image." not in name), name  # image has no tokens: zeros, not None
+
+
+def test_checkpointed_recomputation_really_happens_under_the_routing() -> None:
+    inputs, model = batch(), with_adapters(llama()).train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    routed = apply_multi_lora(model)
+    seen = []
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    layer.register_forward_hook(lambda *_: seen.append(routed._now))
+    with routed.route(MIXED):
+        loss = model(**inputs).logits.square().sum()
+    loss.backward()
+    assert len(seen) == 2 and seen[0] is seen[1] is not None
+
+
+def test_generates_mixed_batches_with_a_cache() -> None:
+    inputs, model = batch(), with_adapters(llama()).eval()
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": 49, "pad_token_id": 0}
+    want = []
+    for b, adapter in enumerate(MIXED):
+        own = {name: value[b : b + 1] for name, value in inputs.items()}
+        if adapter is None:
+            with model.disable_adapter():
+                want.append(model.generate(**own, **options))
+        else:
+            model.set_adapter(adapter)
+            want.append(model.generate(**own, **options))
+    routed = apply_multi_lora(model)
+    with routed.route(MIXED):
+        got = model.generate(**inputs, **options)
+    per_token = torch.tensor([[-1 if name is None else list(RANKS).index(name)] * 7 for name in MIXED])
+    with routed.route(per_token, new_tokens=MIXED):
+        again = model.generate(**inputs, **options)
+    for b, row in enumerate(want):
+        assert got[b, : row.shape[1]].tolist() == row[0].tolist()
+    assert torch.equal(got, again)
+
+
+def test_compiles_as_a_whole() -> None:
+    inputs, model = batch(), with_adapters(llama()).eval()
+    routed = apply_multi_lora(model)
+    with routed.route(MIXED), torch.no_grad():
+        want = model(**inputs).logits
+        got = torch.compile(model.base_model.model, fullgraph=True, backend="eager")(**inputs).logits
+    torch.testing.assert_close(real(got, inputs), real(want, inputs))
+
+
+def test_removed_without_a_trace(tmp_path) -> None:
+    inputs, model = batch(), with_adapters(llama()).eval()
+    model.set_adapter("image")
+    before, classes = model(**inputs).logits, [type(m) for m in model.modules()]
+    model.save_pretrained(tmp_path / "before")
+    routed = apply_multi_lora(model)
+    assert torch.equal(model(**inputs).logits, before)  # outside of a route it is peft
+    model.save_pretrained(tmp_path / "while")
+    with pytest.raises(RuntimeError, match="in the middle"), routed.route(MIXED):
+        raise RuntimeError("in the middle")
+    assert torch.equal(model(**inputs).logits, before)
+    routed.remove()
+    routed.remove()
+    assert [type(m) for m in model.modules()] == classes
+    assert torch.equal(model(**inputs).logits, before)
+    assert not any("_lyra" in key for m in model.modules() for key in m.__dict__)
+    for name in RANKS:
+        for file in ("adapter_model.safetensors", "adapter_config.json"):
+            assert filecmp.cmp(tmp_path / "before" / name / file, tmp_path / "while" / name / file, shallow=False)
+
+
+def test_adapters_may_change_while_it_is_routable(tmp_path) -> None:
+    inputs, model = batch(), with_adapters(llama()).eval()
+    routed = apply_multi_lora(model)
+    with routed.route(MIXED), torch.no_grad():
+        before = model(**inputs).logits
+        for p in model.parameters():
+            p.mul_(1.01)  # packed banks must notice
+        assert not torch.equal(model(**inputs).logits, before)
+    model.save_pretrained(tmp_path)
+    model.load_adapter(tmp_path / "speech", adapter_name="loaded", autocast_adapter_dtype=False)
+    model.delete_adapter("speech")
+    assert routed.names == ("image", "image+speech", "loaded")
+    known = "expected None or one of image, image.speech, loaded"
+    with pytest.raises(ValueError, match=f"adapters: got 'speech', {known}"), routed.route(MIXED):
+        pass
+    with routed.route(["loaded"] * 4):
+        got = model(**inputs).logits
+    model.set_adapter("loaded")
+    torch.testing.assert_close(real(got, inputs), real(model(**inputs).logits, inputs))
+    merged = model.merge_and_unload(adapter_names=["loaded"])
+    torch.testing.assert_close(real(merged(**inputs).logits, inputs), real(got, inputs))
+
+
+class Halved(nn.Linear):
+    """Stands for a quantised layer: what it computes is not x W^T."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).div(2)
+
+
+def test_a_base_layer_with_a_forward_of_its_own_is_asked() -> None:
+    torch.manual_seed(0)
+    model = with_adapters(nn.ModuleDict({"q_proj": Halved(6, 5)}), target_modules=["q_proj"]).eval()
+    layer, x = model.base_model.model["q_proj"], torch.randn(2, 3, 6).double()
+    model.set_adapter("image")
+    want = layer(x)
+    with apply_multi_lora(model).route(["image", "image"]):
+        torch.testing.assert_close(layer(x), want)
+
+
+def test_the_mixin_of_transformers() -> None:
+    inputs, model = batch(), llama()
+    torch.manual_seed(1)
+    for name, rank in RANKS.items():
+        model.add_adapter(peft.LoraConfig(r=rank, target_modules=LINEARS, init_lora_weights=False), name)
+    model.double().eval()
+    model.set_adapter("speech")
+    want = model(**inputs).logits
+    routed = apply_multi_lora(model)
+    with routed.route(["speech"] * 4):
+        torch.testing.assert_close(model(**inputs).logits, want)
+
+
+def qwen2_vl() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.Qwen2VLConfig(
+        text_config={
+            "vocab_size": 60,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0},
+        },
+        vision_config={"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4},
+        image_token_id=55,
+        vision_start_token_id=56,
+        vision_end_token_id=57,
+    )
+    return transformers.Qwen2VLForConditionalGeneration(config).double()
+
+
+def test_qwen2_vl_with_an_image_in_the_batch() -> None:
+    model = with_adapters(qwen2_vl()).eval()
+    ids = torch.randint(1, 50, (2, 8), generator=torch.Generator().manual_seed(0))
+    ids[0, 1:7] = torch.tensor([56, 55, 55, 55, 55, 57])
+    pixels = torch.randn(16, 3 * 2 * 4 * 4, generator=torch.Generator().manual_seed(0)).double()
+    image = {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 4, 4]])}
+    kinds = {"mm_token_type_ids": (ids == 55).int()}
+    chosen = modality_adapters(
+        {"image": ids == 55, "speech": torch.tensor([False, True])},
+        {frozenset({"image"}): "image", frozenset({"speech"}): "speech"},
+    )
+    assert chosen == ["image", "speech"]
+    want = []
+    for b, name in enumerate(chosen):
+        model.set_adapter(name)
+        own = {"mm_token_type_ids": kinds["mm_token_type_ids"][b : b + 1]} | (image if b == 0 else {})
+        want.append(model(input_ids=ids[b : b + 1], **own).logits)
+    routed = apply_multi_lora(model)
+    with routed.route(chosen):
+        got = model(input_ids=ids, **image, **kinds).logits
+    torch.testing.assert_close(got, torch.cat(want))
+
+
+def test_modality_adapters_names_what_is_missing() -> None:
+    with pytest.raises(ValueError, match="adapters: got none for sample 1 of text alone, expected one of image"):
+        modality_adapters({"image": torch.tensor([True, False])}, {frozenset({"image"}): "image"})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"use_dora": True}, "adapter 'image': got DoraLinearVariant"), ({"lora_bias": True}, "got lora_bias=True")],
+)
+def test_what_cannot_be_routed_is_refused(options: dict, message: str) -> None:
+    model = with_adapters(llama(), **options).eval()
+    with pytest.raises(ValueError, match=message), apply_multi_lora(model).route(["image"] * 4):
+        model(**batch())
+
+
+def test_unequal_dropout_is_refused_in_training_only() -> None:
+    model = with_adapters(llama())
+    for module in model.modules():
+        if isinstance(module, nn.ModuleDict) and "image" in module and isinstance(module["image"], nn.Identity):
+            module["image"] = nn.Dropout(0.5)
+    routed = apply_multi_lora(model)
+    with routed.route(MIXED):
+        model.eval()(**batch())
+        with pytest.raises(ValueError, match="lora_dropout: got"):
+            model.train()(**batch())
+
+
+def test_errors_of_apply() -> None:
+    with pytest.raises(ValueError, match="model: got Linear without a LoRA layer"):
+        apply_multi_lora(nn.Linear(2, 2))
+    model = with_adapters(llama())
+    routed = apply_multi_lora(model)
+    with pytest.raises(ValueError, match="is routable already"):
+        apply_multi_lora(model)
+    with (
+        pytest.raises(ValueError, match=r"adapters: got ids for \(3,\), expected them to fit"),
+        routed.route([None] * 3),
+    ):
+        model(**batch())
+    with pytest.raises(TypeError, match="adapters: got the str 'image'"), routed.route("image"):
+        pass
+    embedding = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["embed_tokens"]))
+    with pytest.raises(ValueError, match="LoRA layer of type Embedding, expected lora.Linear"):
+        apply_multi_lora(embedding)
+
+
+def test_importing_lyra_ops_imports_neither_peft_nor_transformers() -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, lyra_ops, lyra_ops.integrations; sys.exit('peft' in sys.modules or 'transformers' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    assert lyra_ops.__all__
