@@ -154,7 +154,7 @@ class SoftDTW(nn.Module):
             the (B, N, M, D) tensor.
 
     There the backward pass rebuilds its weights from differences of rounded sums, so that the gradient in float32 is
-    wrong by more, the longer the pair and the smaller gamma (`python -m bench.soft_dtw_accuracy`), and a side
+    wrong by more, the longer the pair and the smaller gamma (`python -m bench.accuracy.soft_dtw`), and a side
     of more than 1024 tokens moves to the CPU. Neither happens here. 16-bit inputs give a float32 result.
     """
 
