@@ -93,6 +93,8 @@ def errors(function, cost: torch.Tensor, gamma: float, value: float, expected: n
         (gradient,) = torch.autograd.grad(got.sum(), leaf)
     except Exception as error:
         return {"failed": f"{type(error).__name__}: {error}"[:200]}
+    if not (got.isfinite().all() and gradient.isfinite().all()):
+        return {"failed": "NaN or inf"}
     distance = gradient[0].detach().double().cpu().numpy() - expected
     return {
         "value": abs(got.item() - value) / abs(value),
