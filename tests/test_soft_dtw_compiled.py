@@ -91,6 +91,67 @@ def test_float64_error_is_that_of_plain_torch(gamma: float, backend: str) -> Non
         assert_within_reference_error(a[0], b[0], exact, name=name)
 
 
+def value_and_gradients(cost: Tensor, gamma: Tensor, *lengths: Tensor, **kwargs) -> tuple[Tensor, ...]:
+    cost, gamma = cost.clone().requires_grad_(), gamma.clone().requires_grad_()
+    value = soft_dtw_from_cost(cost, *lengths, gamma=gamma, **kwargs)
+    weights = 1 + torch.arange(len(value), device=value.device, dtype=value.dtype)
+    return value.detach(), *torch.autograd.grad(value @ weights, (cost, gamma))
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize(("make", "shape", "gamma", "band"), STRESS)
+def test_gamma_per_pair_is_as_right_as_plain_torch(make, shape, gamma, band, backend: str) -> None:
+    lengths = ragged(*shape)
+    cost = poisoned(make(*shape).float(), *lengths)
+    gammas = gamma * torch.linspace(1, 2, shape[0])
+    exact = value_and_gradients(cost.double(), gammas.double(), *lengths, band=band, backend="reference")
+    plain = value_and_gradients(cost, gammas, *lengths, band=band, backend="reference")
+    on = [t.to(device_of(backend)) for t in (cost, gammas, *lengths)]
+    got = value_and_gradients(*on, band=band, backend=backend)
+    for name, *results in zip(("value", "gradient", "gradient in gamma"), got, plain, exact):
+        assert_within_reference_error(*results, name=name)
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+def test_gamma_of_a_pair_without_a_path_and_of_one_with_nan(backend: str) -> None:
+    cost, gamma = random(3, 5, 4).to(device_of(backend)), torch.ones(3, dtype=torch.float64, device=device_of(backend))
+    cost[0, 2], cost[1, 2, 2] = math.inf, math.nan
+    value, gradient, slope = value_and_gradients(cost, gamma, backend=backend)
+    assert value[0] == math.inf
+    assert (gradient[0] == 0).all()
+    assert slope[0] == 0
+    assert value[1].isnan()
+    assert slope[1].isnan()
+    assert gradient[2].isfinite().all()
+    assert slope[2] < 0
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+def test_second_derivative_in_gamma_says_what_to_do(backend: str) -> None:
+    cost, gamma = random(1, 4, 3).to(device_of(backend)), torch.ones(1, device=device_of(backend)).requires_grad_()
+    value = soft_dtw_from_cost(cost, gamma=gamma, backend=backend)
+    (slope,) = torch.autograd.grad(value.sum(), gamma, create_graph=True)
+    with pytest.raises(NotImplementedError, match="backend='reference'"):
+        slope.sum().backward()
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+def test_gamma_per_pair_and_windows_compile_as_one_graph(backend: str) -> None:
+    on = device_of(backend)
+    cost, gamma = random(2, 9, 7).to(on), torch.tensor([0.5, 2.0], dtype=torch.float64, device=on)
+    band = torch.zeros(2, 9, dtype=torch.int64, device=on), torch.full((2, 9), 6, device=on)
+
+    def loss(cost: Tensor, gamma: Tensor) -> Tensor:
+        return soft_dtw_from_cost(cost, gamma=gamma, band=band, backend=backend).sum()
+
+    results = []
+    for run in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        leaves = cost.clone().requires_grad_(), gamma.clone().requires_grad_()
+        results.append((run(*leaves).detach(), *torch.autograd.grad(run(*leaves), leaves)))
+    for a, b in zip(*results):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("backend", COMPILED)
 def test_float64_costs_come_back_as_float64(backend: str) -> None:
     cost = random(2, 5, 4).to(device_of(backend))

@@ -114,12 +114,17 @@ def test_can_be_captured_in_a_graph():
     assert torch.equal(gradient, want[1])
 
 
-def test_never_waits_for_the_gpu():
+@pytest.mark.parametrize("options", ["plain", "gamma and windows"])
+def test_never_waits_for_the_gpu(options: str):
     cost, lengths = torch.randn(4, 90, 70, device="cuda"), tuple(on_gpu(*ragged(4, 90, 70)))
-    value_and_gradient(cost, *lengths)
+    given = {}
+    if options != "plain":
+        low, high = (torch.full((4, 90), column, device="cuda") for column in (0, 60))
+        given = {"gamma": torch.rand(4, device="cuda").add(0.1).requires_grad_(), "band": (low, high)}
+    value_and_gradient(cost, *lengths, **given)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        value_and_gradient(cost, *lengths)
+        value_and_gradient(cost, *lengths, **given)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

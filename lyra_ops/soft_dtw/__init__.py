@@ -21,9 +21,11 @@ Common to all functions here:
   |j - i s| <= max(w, s/2 + 1/2), s = (m-1)/(n-1); or a pair (low, high) of int (B, N), the first and last column that
   each row may match.
 * ``drop_cost``: None, a float, or a float tensor () or (B, N), which may require grad.
-* ``backend``: None chooses; by name: "cuda", "cpu", "reference". The compiled ones serve a gamma that is a float > 0,
-  no or an int band, and no drop_cost; "reference" serves the rest. `lyra_ops.backend_of` tells. Second derivatives need
-  backend="reference": through a compiled one they raise NotImplementedError.
+* ``backend``: None chooses; by name: "cuda", "cpu", "reference". The compiled ones serve gamma > 0, a float or a
+  tensor, and any band, but no drop_cost; "reference" serves the rest. `lyra_ops.backend_of` tells. There an int band
+  saves work, a pair of tensors saves none (it closes cells in a copy of the cost), and a gamma tensor takes a copy of
+  the cost, too, rounded once more. Second derivatives need backend="reference": through a compiled one they raise
+  NotImplementedError.
 * A pair without any path (a band with a gap, infinite costs) has value +inf and gradient zero. NaN or -inf in a cell of
   the pair makes its value and gradient NaN, and no other's.
 * 16-bit inputs are computed, and results returned, in float32; float64 in float64.
@@ -74,7 +76,7 @@ def soft_dtw(
     x_lengths, y_lengths, gamma, band, drop_cost = _check(
         shape, x.device, x_lengths, y_lengths, gamma, band, drop_cost, names=("x", "y")
     )
-    backend = _choose("soft_dtw", x.device, gamma, band, drop_cost, backend)
+    backend = _choose("soft_dtw", x.device, gamma, drop_cost, backend)
     pairs = reference.pair_cost(x, y, x_lengths, y_lengths, cost, temperature)
     return _run(backend, pairs, x_lengths, y_lengths, gamma, band, drop_cost)
 
@@ -92,7 +94,7 @@ def soft_dtw_from_cost(
     """Soft-DTW of a cost (B, N, M): (B,). Arguments as in the package's docstring."""
     cost = _check_cost(cost)
     arguments = _check(cost.shape, cost.device, x_lengths, y_lengths, gamma, band, drop_cost)
-    backend = _choose("soft_dtw_from_cost", cost.device, *arguments[2:], backend)
+    backend = _choose("soft_dtw_from_cost", cost.device, arguments[2], arguments[4], backend)
     return _run(backend, cost, *arguments)
 
 
@@ -116,12 +118,12 @@ def soft_dtw_alignment(
     arguments = _check(cost.shape, cost.device, x_lengths, y_lengths, gamma, band, drop_cost)
     sources = (cost, *(a for a in arguments if isinstance(a, Tensor)))
     differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in sources)
-    backend = _choose("soft_dtw_alignment", cost.device, *arguments[2:], backend, twice=differentiable)
+    backend = _choose("soft_dtw_alignment", cost.device, arguments[2], arguments[4], backend, twice=differentiable)
     if backend == "reference":
         return reference.alignment(cost, *arguments, differentiable=differentiable)
     x_lengths, y_lengths, gamma, band, _ = arguments
-    band = -1 if band is None else band
-    value, probs = torch.ops.lyra.soft_dtw_forward(cost, x_lengths, y_lengths, float(gamma), band)
+    cost, band = _close_outside(cost, band)
+    value, probs = _compiled_forward(cost, x_lengths, y_lengths, gamma, band)
     return torch.ops.lyra.soft_dtw_backward(torch.ones_like(value), probs, x_lengths, y_lengths, band)
 
 
@@ -210,13 +212,9 @@ def _check(shape, device, x_lengths, y_lengths, gamma, band, drop_cost, names=("
     return x_lengths, y_lengths, gamma, band, drop_cost
 
 
-def _choose(op, device, gamma, band, drop_cost, backend, *, twice=False) -> str:
-    if isinstance(gamma, Tensor):
-        beyond = "gamma is a tensor"
-    elif gamma == 0:
+def _choose(op, device, gamma, drop_cost, backend, *, twice=False) -> str:
+    if not isinstance(gamma, Tensor) and gamma == 0:
         beyond = "gamma is 0"
-    elif isinstance(band, tuple):
-        beyond = "band is a pair of tensors"
     elif drop_cost is not None:
         beyond = "drop_cost is given"
     elif twice:
@@ -237,23 +235,57 @@ def _choose(op, device, gamma, band, drop_cost, backend, *, twice=False) -> str:
 def _run(backend, cost, x_lengths, y_lengths, gamma, band, drop_cost) -> Tensor:
     if backend == "reference":
         return reference.soft_dtw(cost, x_lengths, y_lengths, gamma, band, drop_cost)
-    band = -1 if band is None else band
-    if torch.is_grad_enabled() and cost.requires_grad:
-        return _SoftDTW.apply(cost, x_lengths, y_lengths, float(gamma), band)
-    return torch.ops.lyra.soft_dtw_forward(cost, x_lengths, y_lengths, float(gamma), band)[0]
+    cost, band = _close_outside(cost, band)
+    if torch.is_grad_enabled() and (cost.requires_grad or (isinstance(gamma, Tensor) and gamma.requires_grad)):
+        return _SoftDTW.apply(cost, gamma, x_lengths, y_lengths, band)
+    return _compiled_forward(cost, x_lengths, y_lengths, gamma, band)[0]
+
+
+def _close_outside(cost: Tensor, band: reference.Band) -> tuple[Tensor, int]:
+    """The cost and the band of the compiled ops, which know int bands alone; infinite cells say all the others."""
+    if not isinstance(band, tuple):
+        return cost, -1 if band is None else band
+    low, high = band
+    column = torch.arange(cost.shape[2], device=cost.device)
+    return cost.masked_fill((column < low[:, :, None]) | (column > high[:, :, None]), math.inf), -1
+
+
+def _compiled_forward(
+    cost: Tensor, x_lengths: Tensor, y_lengths: Tensor, gamma: float | Tensor, band: int
+) -> tuple[Tensor, Tensor]:
+    if not isinstance(gamma, Tensor):
+        return torch.ops.lyra.soft_dtw_forward(cost, x_lengths, y_lengths, float(gamma), band)
+    # The op takes one number for all pairs. soft_dtw(C, gamma) = gamma soft_dtw(C / gamma, 1), with the same probs.
+    gamma = gamma.to(cost.dtype)
+    value, probs = torch.ops.lyra.soft_dtw_forward(cost / gamma.reshape(-1, 1, 1), x_lengths, y_lengths, 1.0, band)
+    return value * gamma, probs
 
 
 class _SoftDTW(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, cost: Tensor, x_lengths: Tensor, y_lengths: Tensor, gamma: float, band: int) -> Tensor:
-        value, probs = torch.ops.lyra.soft_dtw_forward(cost, x_lengths, y_lengths, gamma, band)
+    def forward(ctx, cost: Tensor, gamma: float | Tensor, x_lengths: Tensor, y_lengths: Tensor, band: int) -> Tensor:
+        value, probs = _compiled_forward(cost, x_lengths, y_lengths, gamma, band)
         ctx.save_for_backward(value, probs, x_lengths, y_lengths)
         ctx.band = band
+        ctx.gamma_like = (gamma.shape, gamma.dtype) if isinstance(gamma, Tensor) else None
         return value
 
     @staticmethod
-    def backward(ctx, grad_value: Tensor) -> tuple[Tensor, None, None, None, None]:
-        return _SoftDTWBackward.apply(grad_value, *ctx.saved_tensors, ctx.band), None, None, None, None
+    def backward(ctx, grad_value: Tensor) -> tuple[Tensor | None, ...]:
+        grad_cost, grad_gamma = _SoftDTWBackward.apply(grad_value, *ctx.saved_tensors, ctx.band), None
+        if ctx.needs_input_grad[1]:
+            # Minus the entropy of the paths, summed from that of each cell's steps: (value - <cost, E>) / gamma would
+            # be the difference of two large numbers.
+            shape, dtype = ctx.gamma_like
+            grad_gamma = -(grad_cost * _step_entropy(ctx.saved_tensors[1])).sum(dim=(1, 2)).sum_to_size(shape).to(dtype)
+        return grad_cost, grad_gamma, None, None, None
+
+
+def _step_entropy(probs: Tensor) -> Tensor:
+    """(B, N, M): entropy in nats of how the path came into each cell; the mark of a pair without a path counts as 0."""
+    diagonal, up = probs.unbind(dim=-1)
+    left = ((1 - diagonal) - up).clamp(min=0)
+    return sum(torch.special.entr(share) for share in (diagonal, up, left))
 
 
 class _SoftDTWBackward(torch.autograd.Function):
