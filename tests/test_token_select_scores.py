@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import lyra_ops
+from lyra_ops import _loader
 from lyra_ops.testing import assert_within_reference_error
 
+compiled = pytest.mark.skipif(_loader.failure() is not None, reason=str(_loader.failure()))
 BLOCKS = pytest.mark.parametrize(("rows", "length"), [(1, 1), (3, 7), (16, 512), (17, 513), (40, 1100)])
 
 
@@ -279,6 +281,26 @@ def test_compiles_and_passes_opcheck():
     raw = torch.ops.lyra.token_scores_reference
     torch.library.opcheck(raw, (query, key, options["query_mask"], options["key_mask"], weights, 0.3, True, None))
     torch.library.opcheck(raw, (query, key, None, None, weights, 0.3, False, torch.zeros(2, 4, 5)))
+
+
+@compiled
+def test_compiled_on_a_cpu():
+    query, key, options = sample(20, 5000)
+    query, key = query.float(), key.float()
+    assert lyra_ops.backend_of(lyra_ops.token_scores, query, key) == "cpu"
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(lyra_ops.token_scores(query, key, causal=True, backend="cpu", **options))
+    finally:
+        torch.set_num_threads(threads)
+    plain = formula(query, key, causal=True, dtype=np.float32, **options)
+    assert_within_reference_error(results[0], plain, formula(query, key, causal=True, **options))
+    assert torch.equal(results[1], results[0]) and torch.equal(results[2], results[0])
+    weights = torch.full((2, 4), 0.25)
+    raw = torch.ops.lyra.token_scores
+    torch.library.opcheck(raw, (query, key, options["query_mask"], options["key_mask"], weights, 0.3, True, None))
 
 
 def test_backend_by_name():

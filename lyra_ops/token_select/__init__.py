@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lyra_ops._backend import choose
+from lyra_ops._backend import choose, missing_kernel
 from lyra_ops._checks import FLOAT_DTYPES, INT_DTYPES, check_tensor, readable
 from lyra_ops.token_select import reference
 
@@ -84,8 +84,8 @@ def token_scores(
     Returns (B, L) float32 (float64 for float64 inputs); 0 for padding. A row that sees no key does not count; a sample
     in which no row counts has all scores 0. A NaN among the numbers that count makes the scores of its sample NaN.
 
-    A sample gets bitwise the same scores alone and in any batch, whatever the padding on either side (reference: on one
-    machine with one number of threads).
+    A sample gets bitwise the same scores alone and in any batch, whatever the padding on either side (compiled: and
+    with any number of threads; reference: on one machine with one number of threads).
 
     Raises TypeError or ValueError for arguments that do not fit these shapes, dtypes and devices; values of
     ``head_weights`` are checked on the CPU only.
@@ -114,7 +114,10 @@ def token_scores(
     if lse is not None:
         check_tensor("lse", lse, shape=(batch, heads, rows), dtypes=(torch.float32, torch.float64), device=query.device)
     weights = _head_weights(head_weights, query)
-    choose("token_scores", {"reference": None}, backend)
+    why_not = {"cpu": _why_not_cpu(query), "reference": None}
+    if choose("token_scores", why_not, backend) == "cpu":
+        lse = None if lse is None else lse.double()
+        return torch.ops.lyra.token_scores(query, key, query_mask, key_mask, weights, float(scale), causal, lse)
     return reference.token_scores(query, key, query_mask, key_mask, weights, float(scale), causal, lse)
 
 
@@ -259,6 +262,14 @@ def _has_planes(i: int, tensor: Tensor, batch: int, length: int, device: torch.d
     raise ValueError(f"tensors[{i}]: got shape {tuple(tensor.shape)}, expected {want}")
 
 
+def _why_not_cpu(query: Tensor) -> str | None:
+    if query.device.type != "cpu":
+        return f"query is on {query.device}"
+    if query.dtype == torch.float64:
+        return "it computes in float32, and query is float64"
+    return missing_kernel("token_scores", "cpu")
+
+
 def _head_weights(weights: Tensor | None, query: Tensor) -> Tensor:
     """(B, Hq) in the dtype of the scores, summing to 1."""
     batch, heads = query.shape[:2]
@@ -323,3 +334,10 @@ def _check_capacity(capacity: int, lengths: Tensor, length: int) -> None:
     elif not bool(fits):
         b = int(lengths.argmax())
         raise ValueError(f"capacity: got {capacity}, but sample {b} keeps {int(lengths[b])} tokens")
+
+
+if missing_kernel("token_scores", "cpu") is None:
+
+    @torch.library.register_fake("lyra::token_scores")
+    def _(query, key, query_mask, key_mask, head_weights, scale, causal, lse):
+        return head_weights.new_empty((query.shape[0], key.shape[2]))
