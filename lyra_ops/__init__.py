@@ -5,7 +5,7 @@ from lyra_ops.multi_lora import LoraBank, LoraRouting, multi_lora_linear
 from lyra_ops.soft_dtw import dtw_path, soft_dtw, soft_dtw_alignment, soft_dtw_from_cost
 from lyra_ops.soft_dtw.losses import SoftDTW, SoftDTWLoss, soft_dtw_divergence
 from lyra_ops.soft_dtw.packed import soft_dtw_alignment_packed, soft_dtw_packed
-from lyra_ops.soft_dtw.statistics import SoftDTWStatistics, soft_dtw_statistics
+from lyra_ops.soft_dtw.statistics import SoftDTWStatistics, pair_cost, soft_dtw_statistics
 from lyra_ops.token_select import TokenSelection, gather_tokens, select_tokens, token_scores
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "dtw_path",
     "gather_tokens",
     "multi_lora_linear",
+    "pair_cost",
     "select_tokens",
     "soft_dtw",
     "soft_dtw_alignment",

@@ -224,6 +224,40 @@ def test_drop_in_class_refuses_a_cpu_tensor_where_cuda_was_asked_for() -> None:
         lyra_ops.SoftDTW(use_cuda=True)(random(1, 2, 2), random(1, 2, 2))
 
 
+@pytest.mark.parametrize("cost", ["sqeuclidean", "contrastive"])
+def test_pair_cost_is_what_soft_dtw_aligns_by(cost: str) -> None:
+    x, y, lengths = random(3, 6, 4), random(3, 5, 4, seed=1), ragged(3, 6, 5)
+    pairs = lyra_ops.pair_cost(x, y, *lengths, cost=cost)
+    assert torch.equal(soft_dtw_from_cost(pairs, *lengths, gamma=0.3), soft_dtw(x, y, *lengths, cost=cost, gamma=0.3))
+    with pytest.raises(ValueError, match="x_lengths: sample 1 has length 9"):
+        lyra_ops.pair_cost(x, y, torch.tensor([6, 9, 1]))
+
+
+def test_packed_tokens_of_no_sample_are_refused() -> None:
+    with pytest.raises(ValueError, match="cu_seqlens_x: "):
+        lyra_ops.soft_dtw_packed(random(5, 2), random(0, 2), torch.tensor([0]), torch.tensor([0]), max_seqlen_x=5)
+
+
+def test_matches_aeon_and_ott() -> None:
+    """Too large, or too strict about the versions of others, to be asked for: compared with where they are installed."""
+    aeon = pytest.importorskip("aeon.distances")
+    jax, costs = pytest.importorskip("jax"), pytest.importorskip("ott.geometry.costs")
+    jax.config.update("jax_enable_x64", True)
+    x, y = random(1, 30, 4), random(1, 17, 4, seed=1)
+    x.requires_grad_()
+    value = soft_dtw(x, y, gamma=0.5)
+    (gradient,) = torch.autograd.grad(value, x)
+    a, b = x[0].detach().numpy(), y[0].numpy()
+    assert aeon.soft_dtw_distance(a.T, b.T, gamma=0.5) == pytest.approx(value.item(), rel=1e-10)
+    theirs = costs.SoftDTW(gamma=0.5, ground_cost=costs.SqEuclidean())
+    ott, slope = jax.value_and_grad(theirs)(jax.numpy.asarray(a), jax.numpy.asarray(b))
+    assert float(ott) == pytest.approx(value.item(), rel=1e-10)
+    same(gradient[0], torch.tensor(slope.tolist(), dtype=torch.float64))
+    debiased = costs.SoftDTW(gamma=0.5, ground_cost=costs.SqEuclidean(), debiased=True)
+    divergence = lyra_ops.soft_dtw_divergence(x, y, gamma=0.5).item()
+    assert float(debiased(jax.numpy.asarray(a), jax.numpy.asarray(b))) == pytest.approx(divergence, rel=1e-10)
+
+
 # --- in training -------------------------------------------------------------------------------------------------
 
 

@@ -64,20 +64,28 @@ def inputs(large: bool) -> Iterator[tuple[str, torch.Tensor, float, int | None]]
     for n, m in ((300, 64), (1500, 200)):
         for gamma in (10.0, 1.0, 0.1, 0.01):
             yield f"squared distances, {n} x {m}, gamma {gamma}", distances(n, m), gamma, None
-        logits = torch.randn(n, m, generator=torch.Generator().manual_seed(1)) / 0.07
-        yield f"contrastive, {n} x {m}, gamma 0.1", -logits.log_softmax(-1), 0.1, None
+        yield f"contrastive, {n} x {m}, gamma 0.1", contrastive(n, m), 0.1, None
     yield "ties, 300 x 64, gamma 1.0", torch.zeros(300, 64), 1.0, None
     infinite = distances(300, 64)
     infinite[:200, 30] = math.inf
     yield "a column of +inf in 200 rows, 300 x 64, gamma 1.0", infinite, 1.0, None
     yield "costs to 1e4, 300 x 64, gamma 1e-4", distances(300, 64) * 60, 1e-4, None
     for size, band in ((4096, 256), (8192, 512)) if large else ():
-        yield f"squared distances, {size} x {size}, band {band}, gamma 1.0", distances(size, size), 1.0, band
+        for gamma in (10.0, 1.0, 0.1, 0.01):
+            name = f"squared distances, {size} x {size}, band {band}, gamma {gamma}"
+            yield name, distances(size, size), gamma, band
+        yield f"contrastive, {size} x {size}, band {band}, gamma 0.1", contrastive(size, size), 0.1, band
+        yield f"ties, {size} x {size}, band {band}, gamma 1.0", torch.zeros(size, size), 1.0, band
 
 
 def distances(n: int, m: int) -> torch.Tensor:
     g = torch.Generator().manual_seed(0)
     return torch.cdist(torch.randn(n, 64, generator=g), torch.randn(m, 64, generator=g)).square()
+
+
+def contrastive(n: int, m: int) -> torch.Tensor:
+    logits = torch.randn(n, m, generator=torch.Generator().manual_seed(1)) / 0.07
+    return -logits.log_softmax(-1)
 
 
 def judged(device: str, band: int | None) -> dict:

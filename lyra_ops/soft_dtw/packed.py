@@ -117,7 +117,9 @@ class _Sequences:
         check_tensor(name, cu_seqlens, shape=("B + 1" if batch is None else batch + 1,), dtypes=INT_DTYPES)
         if len(cu_seqlens) == 0:
             raise ValueError(f"{name}: got shape (0,), expected (B + 1,)")
-        self.side, self.batch = side, len(cu_seqlens) - 1
+        self.batch = len(cu_seqlens) - 1
+        if self.batch == 0 and tokens:
+            raise ValueError(f"{name}: got shape (1,), which says no samples, but there are {tokens} tokens")
         if readable(cu_seqlens):
             longest = self._check(name, cu_seqlens.tolist(), tokens)
             if max_seqlen is not None and max_seqlen < longest:

@@ -1,0 +1,30 @@
+"""The compiled soft-DTW in float32 on the inputs of the accuracy table, against bounds that hold for any length."""
+
+from __future__ import annotations
+
+import pytest
+from soft_dtw_oracles import COMPILED, device_of, looped, random
+from torch import from_numpy
+
+from bench.accuracy import soft_dtw as table
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("large", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_value_to_1e_6_and_alignment_to_1e_4(large: bool, backend: str) -> None:
+    for name, cost, gamma, band in table.inputs(large):
+        if large == (band is not None):
+            ours = table.judged(device_of(backend), band)["lyra"]
+            truth = table.loop(cost.double().numpy(), gamma, -1 if band is None else band)
+            found = table.errors(ours, cost.to(device_of(backend)), gamma, *truth)
+            assert "failed" not in found, name
+            assert found["value"] <= 1e-6 and found["gradient"] <= 1e-4, (name, found)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.05])
+def test_the_truth_of_the_table_is_that_of_a_wider_float(gamma: float) -> None:
+    cost = random(30, 17).square()
+    value, expected = table.loop(cost.numpy(), gamma, -1)
+    want, alignment = looped(cost, gamma)
+    assert value == pytest.approx(want.item(), rel=1e-12)
+    assert (from_numpy(expected) - alignment).abs().max() < 1e-12
