@@ -1,5 +1,6 @@
 """Fast, exact ops for multimodal language models. Needs torch alone."""
 
+from lyra_ops import nn
 from lyra_ops._backend import backend_of
 from lyra_ops.multi_lora import LoraBank, LoraRouting, multi_lora_linear
 from lyra_ops.soft_dtw import dtw_path, soft_dtw, soft_dtw_alignment, soft_dtw_from_cost
@@ -20,6 +21,7 @@ __all__ = [
     "gather_tokens",
     "multi_lora_linear",
     "pair_cost",
+    "nn",
     "select_tokens",
     "soft_dtw",
     "soft_dtw_alignment",

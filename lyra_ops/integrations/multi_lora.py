@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lyra_ops._checks import INT_DTYPES, check_tensor
-from lyra_ops.multi_lora import LoraBank, LoraRouting, add_adapters, multi_lora_linear
+from lyra_ops.multi_lora import BankKeeper, LoraBank, LoraRouting, add_adapters, multi_lora_linear
 
 
 def apply_multi_lora(model: nn.Module) -> RoutedLora:
@@ -173,17 +173,10 @@ class _RoutedLinear(lora.Linear):
                 raise ValueError(f"adapter {name!r}: got {type(self.lora_variant[name]).__name__}, expected plain LoRA")
             if self.lora_B[name].bias is not None:
                 raise ValueError(f"adapter {name!r}: got lora_bias=True, expected False")
-        weights = [(self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]) for name in present]
-        frozen = not (torch.is_grad_enabled() and any(t.requires_grad for a, b, _ in weights for t in (a, b)))
-        if not frozen or torch.compiler.is_compiling():
-            return LoraBank.pack(dict(zip(present, weights)))
-        # While nothing trains them they are packed once; a tensor's version tells that it has been written to.
-        key = [(name, id(a), a._version, id(b), b._version, s) for name, (a, b, s) in zip(present, weights)]
-        kept = self.__dict__.get("_lyra_bank")
-        if kept is None or kept[0] != key or torch.is_inference_mode_enabled() != kept[2]:
-            kept = (key, LoraBank.pack(dict(zip(present, weights))), torch.is_inference_mode_enabled())
-            self.__dict__["_lyra_bank"] = kept
-        return kept[1]
+        keeper = self.__dict__.setdefault("_lyra_bank", BankKeeper())
+        return keeper.bank(
+            {name: (self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]) for name in present}
+        )
 
     def _dropout(self, present: list[str]) -> float:
         chances = {name: getattr(self.lora_dropout[name], "p", 0.0) for name in present}

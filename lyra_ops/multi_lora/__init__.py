@@ -81,6 +81,40 @@ class LoraBank:
         )
 
 
+class BankKeeper:
+    """Packs the adapters of a layer, and packs frozen ones again only when one of them has changed.
+
+    What has changed is told from where a tensor lies, its dtype and its version: optimizers, load_state_dict, ``.to()``
+    and swapped tensors are seen, but not what is written through ``.data`` into the same memory.
+    """
+
+    def __init__(self) -> None:
+        self._kept: tuple[object, LoraBank, list[Tensor]] | None = None
+
+    def bank(self, adapters: Mapping[str, tuple[Tensor, Tensor, float]]) -> LoraBank:
+        """`LoraBank.pack`, or what it returned before; while gradients are wanted always the former."""
+        weights = [t for a, b, _ in adapters.values() for t in (a, b)]
+        trained = torch.is_grad_enabled() and any(t.requires_grad for t in weights)
+        # Inference tensors have no version.
+        if trained or torch.compiler.is_compiling() or any(t.is_inference() for t in weights):
+            return LoraBank.pack(adapters)
+        key = (
+            torch.is_inference_mode_enabled(),  # what is packed there cannot be used with autograd later
+            [(name, scaling) for name, (_, _, scaling) in adapters.items()],
+            [(t.data_ptr(), t.device, t.dtype, t.shape, t.stride(), t._version) for t in weights],
+        )
+        if self._kept is None or self._kept[0] != key:
+            # The aliases keep the memory taken, so that nothing new can lie where the key says these did.
+            self._kept = (key, LoraBank.pack(adapters), [t.detach() for t in weights])
+        return self._kept[1]
+
+    def __deepcopy__(self, memo: dict) -> BankKeeper:
+        return BankKeeper()
+
+    def __reduce__(self) -> tuple:
+        return BankKeeper, ()
+
+
 class LoraRouting:
     """Which adapter each token goes through: one for all layers of a step.
 
