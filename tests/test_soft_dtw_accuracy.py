@@ -7,7 +7,7 @@ from soft_dtw_oracles import COMPILED, device_of, looped, random
 from torch import from_numpy
 
 pytest.importorskip("numba")
-from bench.accuracy import soft_dtw as table  # noqa: E402
+from bench.accuracy import soft_dtw as table
 
 
 @pytest.mark.parametrize("backend", COMPILED)

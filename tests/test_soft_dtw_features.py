@@ -239,7 +239,7 @@ def test_packed_tokens_of_no_sample_are_refused() -> None:
 
 
 def test_matches_aeon_and_ott() -> None:
-    """Too large, or too strict about the versions of others, to be asked for: compared with where they are installed."""
+    """Too large, or too strict about versions, to be asked for: compared with where they are installed."""
     aeon = pytest.importorskip("aeon.distances")
     jax, costs = pytest.importorskip("jax"), pytest.importorskip("ott.geometry.costs")
     jax.config.update("jax_enable_x64", True)
