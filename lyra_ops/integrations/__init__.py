@@ -6,7 +6,9 @@ import importlib
 
 _HOMES = {
     "RoutedLora": "multi_lora",
+    "TokenExtractor": "token_extractor",
     "apply_multi_lora": "multi_lora",
+    "apply_token_extractor": "token_extractor",
     "modality_adapters": "multi_lora",
 }
 
