@@ -26,6 +26,7 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <new>
 #include <tuple>
@@ -84,6 +85,7 @@ class Buffer {
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   LYRA_INLINE V& operator[](int64_t i) { return data_[i]; }
+  LYRA_INLINE auto* at(int64_t i, int lane) { return &data_[i][0] + lane; }
   LYRA_INLINE void fill(int64_t first, int64_t last, V value) {
     for (int64_t i = first; i <= last; ++i) data_[i] = value;
   }
@@ -115,8 +117,8 @@ LYRA_INLINE Vec<T> shifted(const Scaled<T>& number, Vec<typename Format<T>::Int>
 }
 
 // exp(-cost / gamma), scale = -log2(e) / gamma; 0 where cost scale < -limit, limit <= 2^50.
-template <typename T>
-LYRA_INLINE Scaled<T> weight(Vec<T> cost, double scale, Vec<double> limit) {
+template <typename T, typename S>
+LYRA_INLINE Scaled<T> weight(Vec<S> cost, double scale, Vec<double> limit) {
   using Int = typename Format<T>::Int;
   constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52: adding it rounds to an integer, which its low bits show
   Vec<double> power = __builtin_convertvector(cost, Vec<double>) * scale;
@@ -125,10 +127,57 @@ LYRA_INLINE Scaled<T> weight(Vec<T> cost, double scale, Vec<double> limit) {
   const Vec<double> rounded = power + kRound;
   const Vec<int64_t> integer = std::bit_cast<Vec<int64_t>>(rounded) - std::bit_cast<int64_t>(kRound);
   const Vec<T> x = __builtin_convertvector((power - (rounded - kRound)) * 0.6931471805599453, Vec<T>);
-  Vec<T> series = Vec<T>{} + T(1);
-  for (int n = Format<T>::terms; n > 0; --n) series = T(1) + series * x * T(1.0 / n);
+  constexpr int kTerms = Format<T>::terms;
+  double last = 1;  // 1 / terms!, from which the other coefficients follow
+  for (int n = 2; n <= kTerms; ++n) last /= n;
+  Vec<T> series = Vec<T>{} + static_cast<T>(last);
+  for (int n = kTerms; n > 0; --n) series = static_cast<T>(last *= n) + series * x;
   const auto none = __builtin_convertvector(infinite, Vec<Int>);
   return {none ? Vec<T>{} : series, __builtin_convertvector(integer, Vec<Int>)};
+}
+
+// Memory holds a row of one pair after the other, the recursion a column of all pairs side by side. Four columns of
+// four pairs turn in registers; vectors of four exist on every machine, so no clone falls back to single numbers for
+// floats.
+constexpr int kTile = 4;
+static_assert(kLanes % kTile == 0);
+template <typename S>
+struct TileOf {
+  typedef S Type __attribute__((vector_size(kTile * sizeof(S))));
+};
+template <typename S>
+using Quad = typename TileOf<S>::Type;
+
+template <typename S>
+LYRA_INLINE Quad<S> load(const S* from) {
+  Quad<S> quad;
+  std::memcpy(&quad, from, sizeof(quad));
+  return quad;
+}
+
+template <typename S>
+LYRA_INLINE void store(S* to, Quad<S> quad) {
+  std::memcpy(to, &quad, sizeof(quad));
+}
+
+template <typename Q>
+LYRA_INLINE Q low_pairs(Q a, Q b) {
+  return __builtin_shufflevector(a, b, 0, 4, 1, 5);
+}
+
+template <typename Q>
+LYRA_INLINE Q high_pairs(Q a, Q b) {
+  return __builtin_shufflevector(a, b, 2, 6, 3, 7);
+}
+
+template <typename Q>
+LYRA_INLINE void transpose(Q (&q)[kTile]) {
+  const Q a = low_pairs(q[0], q[2]), b = low_pairs(q[1], q[3]);
+  const Q c = high_pairs(q[0], q[2]), d = high_pairs(q[1], q[3]);
+  q[0] = low_pairs(a, b);
+  q[1] = high_pairs(a, b);
+  q[2] = low_pairs(c, d);
+  q[3] = high_pairs(c, d);
 }
 
 // One pair of the batch, as both directions see it.
@@ -162,6 +211,26 @@ struct Row {
   }
 };
 
+// Calls tile(first lane, first column) for whole tiles of cells that are in the windows of all their lanes, and
+// cell(lane, column) for the cells in windows that no tile holds.
+template <typename Tile, typename Cell>
+LYRA_INLINE void for_windows(const Row& row, const Tile& tile, const Cell& cell) {
+  for (int first = 0; first < kLanes; first += kTile) {
+    int64_t low = 0, high = std::numeric_limits<int64_t>::max();  // the columns that all four have
+    for (int l = first; l < first + kTile; ++l) {
+      low = std::max(low, row.lane[l].low);
+      high = std::min(high, row.lane[l].high);
+    }
+    const int64_t tiled = low <= high ? low + (high - low + 1) / kTile * kTile : low;  // no tile where low == tiled
+    for (int64_t j = low; j < tiled; j += kTile) tile(first, j);
+    for (int l = first; l < first + kTile; ++l) {
+      const auto [begin, end] = row.lane[l];
+      for (int64_t j = begin; j <= std::min(end, low - 1); ++j) cell(l, j);
+      for (int64_t j = std::max(begin, tiled); j <= end; ++j) cell(l, j);
+    }
+  }
+}
+
 int64_t most_rows(const Pair* pairs) {
   int64_t rows = 0;
   for (int l = 0; l < kLanes; ++l) rows = std::max(rows, pairs[l].n);
@@ -184,9 +253,9 @@ template <typename S, typename T>
 LYRA_INLINE void forward_lanes(const Forward<S>& f, const Pair* pairs) {
   using Format = lyra::Format<T>;
   using Int = typename Format::Int;
-  Buffer<Vec<T>> mantissas(f.columns + 1), costs(f.columns);
+  Buffer<Vec<T>> mantissas(f.columns + 1);
   Buffer<Vec<Int>> exponents(f.columns + 1, Scaled<T>{}.exponent);
-  Buffer<Vec<S>> firsts(f.columns), seconds(f.columns);
+  Buffer<Vec<S>> costs(f.columns), firsts(f.columns), seconds(f.columns);
   // Entry j + 1 of the row buffers is column j of the row above, until this row has passed there. The origin, from
   // which the first cell is reached diagonally, stands before the first column.
   mantissas[0] += T(1);
@@ -196,17 +265,28 @@ LYRA_INLINE void forward_lanes(const Forward<S>& f, const Pair* pairs) {
 
   for (int64_t i = 0, rows = most_rows(pairs); i < rows; ++i) {
     const Row row(pairs, i);
-    costs.fill(row.all.low, row.all.high, Vec<T>{} + std::numeric_limits<T>::infinity());
+    const S* from[kLanes];
+    S* to[kLanes];
     for (int l = 0; l < kLanes; ++l) {
-      const S* from = f.cost + pairs[l].index * f.cost_batch + i * f.cost_row;
-      for (int64_t j = row.lane[l].low; j <= row.lane[l].high; ++j) costs[j][l] = static_cast<T>(from[j]);
+      from[l] = f.cost + pairs[l].index * f.cost_batch + i * f.cost_row;
+      to[l] = f.probs + (pairs[l].index * f.rows + i) * f.columns * 2;
     }
+    costs.fill(row.all.low, row.all.high, Vec<S>{} + std::numeric_limits<S>::infinity());
+    for_windows(
+        row,
+        [&](int first, int64_t j) {
+          Quad<S> quads[kTile];
+          for (int k = 0; k < kTile; ++k) quads[k] = load(from[first + k] + j);
+          transpose(quads);
+          for (int k = 0; k < kTile; ++k) store(costs.at(j + k, first), quads[k]);
+        },
+        [&](int l, int64_t j) { *costs.at(j, l) = from[l][j]; });
 
     Scaled<T> diagonal{mantissas[row.all.low], exponents[row.all.low]}, left;
     mantissas[row.all.low] = left.mantissa;
     exponents[row.all.low] = left.exponent;
     for (int64_t j = row.all.low; j <= row.all.high; ++j) {
-      const Scaled<T> up{mantissas[j + 1], exponents[j + 1]}, w = weight<T>(costs[j], f.scale, limits);
+      const Scaled<T> up{mantissas[j + 1], exponents[j + 1]}, w = weight<T, S>(costs[j], f.scale, limits);
       const auto higher = up.exponent > left.exponent ? up.exponent : left.exponent;
       const auto top = diagonal.exponent > higher ? diagonal.exponent : higher;
       const Vec<T> a = shifted(diagonal, top), b = shifted(up, top), c = shifted(left, top);
@@ -229,22 +309,36 @@ LYRA_INLINE void forward_lanes(const Forward<S>& f, const Pair* pairs) {
       exponents[j + 1] = left.exponent;
     }
 
+    for_windows(
+        row,
+        [&](int first, int64_t j) {
+          Quad<S> a[kTile], b[kTile];
+          for (int k = 0; k < kTile; ++k) {
+            a[k] = load(firsts.at(j + k, first));
+            b[k] = load(seconds.at(j + k, first));
+          }
+          transpose(a);
+          transpose(b);
+          for (int k = 0; k < kTile; ++k) {
+            store(to[first + k] + 2 * j, low_pairs(a[k], b[k]));
+            store(to[first + k] + 2 * j + kTile, high_pairs(a[k], b[k]));
+          }
+        },
+        [&](int l, int64_t j) {
+          to[l][2 * j] = *firsts.at(j, l);
+          to[l][2 * j + 1] = *seconds.at(j, l);
+        });
     for (int l = 0; l < kLanes; ++l) {
       if (i >= pairs[l].n) continue;
-      S* to = f.probs + (pairs[l].index * f.rows + i) * f.columns * 2;
       const auto [low, high] = row.lane[l];
-      std::fill(to, to + 2 * low, S(0));
-      for (int64_t j = low; j <= high; ++j) {
-        to[2 * j] = static_cast<S>(firsts[j][l]);
-        to[2 * j + 1] = static_cast<S>(seconds[j][l]);
-      }
-      std::fill(to + 2 * (high + 1), to + 2 * f.columns, S(0));
+      std::fill(to[l], to[l] + 2 * low, S(0));
+      std::fill(to[l] + 2 * (high + 1), to[l] + 2 * f.columns, S(0));
       if (i != pairs[l].n - 1) continue;
       const T mantissa = mantissas[high + 1][l];
       const double bits = std::log2(static_cast<double>(mantissa)) + static_cast<double>(exponents[high + 1][l]);
       f.value[pairs[l].index] =
           mantissa > 0 ? static_cast<S>(-f.gamma * 0.6931471805599453 * bits) : std::numeric_limits<S>::infinity();
-      if (!(mantissa > 0)) to[2 * high] = to[2 * high + 1] = S(1);
+      if (!(mantissa > 0)) to[l][2 * high] = to[l][2 * high + 1] = S(1);
     }
   }
 }
@@ -264,17 +358,37 @@ LYRA_INLINE void backward_lanes(const Backward<S>& f, const Pair* pairs) {
   for (int64_t i = most_rows(pairs) - 1; i >= 0; --i) {
     const Row windows(pairs, i);
     const int64_t low = windows.all.low, high = windows.all.high;
+    const S* from[kLanes];
+    S *to[kLanes], grad[kLanes];
+    for (int l = 0; l < kLanes; ++l) {
+      const int64_t start = (pairs[l].index * f.rows + i) * f.columns;
+      from[l] = f.probs + start * 2;
+      to[l] = f.grad_cost + start;
+      grad[l] = f.grad_value[pairs[l].index];
+      if (i == pairs[l].n - 1) row[pairs[l].m][l] = S(1);
+    }
     firsts.fill(low, high, Vec<S>{});
     seconds.fill(low, high, Vec<S>{});
-    for (int l = 0; l < kLanes; ++l) {
-      if (i >= pairs[l].n) continue;
-      if (i == pairs[l].n - 1) row[pairs[l].m][l] = S(1);
-      const S* from = f.probs + (pairs[l].index * f.rows + i) * f.columns * 2;
-      for (int64_t j = windows.lane[l].low; j <= windows.lane[l].high; ++j) {
-        firsts[j][l] = from[2 * j];
-        seconds[j][l] = from[2 * j + 1];
-      }
-    }
+    for_windows(
+        windows,
+        [&](int first, int64_t j) {
+          Quad<S> a[kTile], b[kTile];
+          for (int k = 0; k < kTile; ++k) {
+            const Quad<S> begin = load(from[first + k] + 2 * j), end = load(from[first + k] + 2 * j + kTile);
+            a[k] = __builtin_shufflevector(begin, end, 0, 2, 4, 6);
+            b[k] = __builtin_shufflevector(begin, end, 1, 3, 5, 7);
+          }
+          transpose(a);
+          transpose(b);
+          for (int k = 0; k < kTile; ++k) {
+            store(firsts.at(j + k, first), a[k]);
+            store(seconds.at(j + k, first), b[k]);
+          }
+        },
+        [&](int l, int64_t j) {
+          *firsts.at(j, l) = from[l][2 * j];
+          *seconds.at(j, l) = from[l][2 * j + 1];
+        });
 
     Vec<S> left = {}, diagonal = {};  // what this row sends to the cell before in its own row, and in the row above
     for (int64_t j = high; j >= low; --j) {
@@ -286,14 +400,20 @@ LYRA_INLINE void backward_lanes(const Backward<S>& f, const Pair* pairs) {
     }
     row[low] = diagonal;
 
+    for_windows(
+        windows,
+        [&](int first, int64_t j) {
+          Quad<S> quads[kTile];
+          for (int k = 0; k < kTile; ++k) quads[k] = load(expected.at(j + k, first));
+          transpose(quads);
+          for (int k = 0; k < kTile; ++k) store(to[first + k] + j, grad[first + k] * quads[k]);
+        },
+        [&](int l, int64_t j) { to[l][j] = grad[l] * *expected.at(j, l); });
     for (int l = 0; l < kLanes; ++l) {
       if (i >= pairs[l].n) continue;
-      const S grad = f.grad_value[pairs[l].index];
-      S* to = f.grad_cost + (pairs[l].index * f.rows + i) * f.columns;
       const auto [first, last] = windows.lane[l];
-      std::fill(to, to + first, S(0));
-      for (int64_t j = first; j <= last; ++j) to[j] = grad * expected[j][l];
-      std::fill(to + last + 1, to + f.columns, S(0));
+      std::fill(to[l], to[l] + first, S(0));
+      std::fill(to[l] + last + 1, to[l] + f.columns, S(0));
     }
   }
 }
