@@ -211,7 +211,7 @@ class TokenExtractor:
         if labels is None:
             targets = torch.full_like(positions, -100)
         else:
-            targets = labels
+            targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         return _Prompt(modality, query, prompt, real, positions, targets, [_Stage(real)])
 
     def _extend(self, mask: Tensor | None, batch: int, length: int, cache: Cache, tokens: Tensor) -> None:
