@@ -35,6 +35,7 @@ class LoraBank:
     scaling  (R,) float32 (float64 for float64 adapters): the scaling of that adapter
     names    E names; a token's adapter id is a place in this tuple
     ranks    E ranks
+    scalings E scalings
 
     The bank holds no parameters: it is made from them, so gradients flow back to each adapter's own A and B wherever
     these live (peft modules, say), and saving, merging and optimizers know nothing of it. Pack anew after the adapters
@@ -47,6 +48,7 @@ class LoraBank:
     scaling: Tensor
     names: tuple[str, ...]
     ranks: tuple[int, ...]
+    scalings: tuple[float, ...]
 
     @classmethod
     def pack(cls, adapters: Mapping[str, tuple[Tensor, Tensor, float]]) -> LoraBank:
@@ -66,11 +68,11 @@ class LoraBank:
             checked = _check_adapter(name, adapter, first)
             first = first or checked
         a, b, scalings = zip(*adapters.values())
-        ranks = tuple(t.shape[0] for t in a)
+        ranks, scalings = tuple(t.shape[0] for t in a), tuple(float(s) for s in scalings)
         wide = torch.promote_types(a[0].dtype, torch.float32)
         # Filled on the device: a table copied from the host would make the host wait at every step of a training.
         owner = [a[0].new_full((rank,), e, dtype=torch.int32) for e, rank in enumerate(ranks)]
-        scaling = [a[0].new_full((rank,), float(s), dtype=wide) for rank, s in zip(ranks, scalings)]
+        scaling = [a[0].new_full((rank,), s, dtype=wide) for rank, s in zip(ranks, scalings)]
         return cls(
             a=torch.cat(a),
             b=torch.cat([t.T for t in b]),
@@ -78,6 +80,7 @@ class LoraBank:
             scaling=torch.cat(scaling),
             names=tuple(adapters),
             ranks=ranks,
+            scalings=scalings,
         )
 
 
@@ -181,23 +184,14 @@ def multi_lora_linear(
     Source: Lyra (ICCV 2025), section 3.2, whose code switches one adapter per request; peft's LoRA layer (the same sum,
     with ``adapter_names`` per sample, in inference only).
     """
-    check_tensor("x", x, dtypes=FLOAT_DTYPES)
-    if x.ndim not in (2, 3):
-        raise ValueError(f"x: got shape {tuple(x.shape)}, expected (T, K) or (B, L, K)")
-    if not isinstance(bank, LoraBank):
-        raise TypeError(f"bank: got {type(bank).__name__}, expected a LoraBank")
-    if not isinstance(routing, LoraRouting):
-        raise TypeError(f"routing: got {type(routing).__name__}, expected a LoraRouting")
+    _check_x(x)
     dtypes = FLOAT_DTYPES if torch.is_autocast_enabled(x.device.type) else (x.dtype,)
     check_tensor("weight", weight, shape=("N", x.shape[-1]), dtypes=dtypes, device=x.device)
     if bias is not None:
         check_tensor("bias", bias, shape=(weight.shape[0],), dtypes=(weight.dtype,), device=x.device)
-    check_tensor("bank.a", bank.a, shape=("R", x.shape[-1]), device=x.device)
-    check_tensor("bank.b", bank.b, shape=("R", weight.shape[0]))
-    _check_routing(routing, bank, x)
+    _check_adapters(x, weight.shape[0], bank, routing, dropout_p)
     backend = _choose(x, routing, backend)
-    y = F.linear(x, weight, bias)
-    return add_adapters(y, x, bank, routing, dropout_p=dropout_p, training=training, backend=backend)
+    return _add(F.linear(x, weight, bias), x, bank, routing, dropout_p if training else 0.0, backend)
 
 
 def add_adapters(
@@ -215,20 +209,18 @@ def add_adapters(
     y (T, N) or (B, L, N), what the base layer made of x; the other arguments, and the errors, are those of
     `multi_lora_linear`. Returns y.
     """
+    _check_x(x)
     check_tensor("y", y, shape=(*x.shape[:-1], "N"), dtypes=FLOAT_DTYPES, device=x.device)
-    check_tensor("bank.a", bank.a, shape=("R", x.shape[-1]), device=x.device)
-    check_tensor("bank.b", bank.b, shape=("R", y.shape[-1]))
-    _check_routing(routing, bank, x)
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, Real):
-        raise TypeError(f"dropout_p: got {type(dropout_p).__name__}, expected a number")
-    if not 0 <= dropout_p <= 1:
-        raise ValueError(f"dropout_p: got {dropout_p}, expected 0 to 1")
-    backend = _choose(x, routing, backend)
+    _check_adapters(x, y.shape[-1], bank, routing, dropout_p)
+    return _add(y, x, bank, routing, dropout_p if training else 0.0, _choose(x, routing, backend))
+
+
+def _add(y: Tensor, x: Tensor, bank: LoraBank, routing: LoraRouting, dropout_p: float, backend: str) -> Tensor:
     # Two dimensions, because batched matrix products of a strided x are many times slower.
     tokens = (y.flatten(0, -2), x.flatten(0, -2), bank.a, bank.b, bank.owner, bank.scaling)
-    ids, dropout_p = routing.adapter_ids.flatten(), dropout_p if training else 0.0
+    ids = routing.adapter_ids.flatten()
     if backend == "cpu":
-        done = cpu.add_adapters(*tokens, bank.ranks, ids, routing.plan, dropout_p)
+        done = cpu.add_adapters(*tokens, bank.ranks, bank.scalings, ids, routing.plan, dropout_p)
     else:
         done = reference.add_adapters(*tokens, ids, dropout_p)
     return done.view(y.shape)
@@ -267,7 +259,19 @@ def _choose(x: Tensor, routing: LoraRouting, backend: str | None) -> str:
     return choose("multi_lora_linear", {"cpu": why_not_cpu, "reference": None}, backend)
 
 
-def _check_routing(routing: LoraRouting, bank: LoraBank, x: Tensor) -> None:
+def _check_x(x: object) -> None:
+    check_tensor("x", x, dtypes=FLOAT_DTYPES)
+    if x.ndim not in (2, 3):
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected (T, K) or (B, L, K)")
+
+
+def _check_adapters(x: Tensor, outputs: int, bank: object, routing: object, dropout_p: object) -> None:
+    if not isinstance(bank, LoraBank):
+        raise TypeError(f"bank: got {type(bank).__name__}, expected a LoraBank")
+    if not isinstance(routing, LoraRouting):
+        raise TypeError(f"routing: got {type(routing).__name__}, expected a LoraRouting")
+    check_tensor("bank.a", bank.a, shape=("R", x.shape[-1]), device=x.device)
+    check_tensor("bank.b", bank.b, shape=("R", outputs))
     if routing.names != bank.names:
         got, expected = ", ".join(routing.names), ", ".join(bank.names)
         raise ValueError(f"routing: got one for the adapters {got}, expected the bank's: {expected}")
@@ -278,3 +282,7 @@ def _check_routing(routing: LoraRouting, bank: LoraBank, x: Tensor) -> None:
     # Flattened tokens fit as well, but never (L, B) to (B, L).
     if tokens != shape and tokens != (ids.numel(),):
         raise ValueError(f"routing: got adapter_ids of shape {shape}, expected {tokens} as x has")
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, Real):
+        raise TypeError(f"dropout_p: got {type(dropout_p).__name__}, expected a number")
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p: got {dropout_p}, expected 0 to 1")

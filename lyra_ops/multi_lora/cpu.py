@@ -43,11 +43,12 @@ def add_adapters(
     owner: Tensor,
     scaling: Tensor,
     ranks: tuple[int, ...],
+    scalings: tuple[float, ...],
     adapter_ids: Tensor,
     plan: Plan,
     dropout_p: float,
 ) -> Tensor:
-    """As `reference.add_adapters`; ranks and plan are what it would have to read off owner and adapter_ids."""
+    """As `reference.add_adapters`; ranks, scalings and plan are what it would have to read off the tensors."""
     if not plan.present:
         return _WithZeroGradients.apply(y, a, b)
     if len(plan.present) > 1 and len(x) <= FEW_TOKENS:
@@ -58,14 +59,13 @@ def add_adapters(
     rows = y
     if plan.order is not None:
         x, rows = x.index_select(0, plan.order), y.index_select(0, plan.order)
-    a_of, b_of, scaling_of = a.split(ranks), b.split(ranks), scaling.split(ranks)
-    merged = []
+    # split, and not slices: its backward puts the gradients of all adapters together in one pass.
+    a_of, b_of, merged = a.split(ranks), b.split(ranks), []
     for e, mine, base in zip(plan.present, x.split(plan.counts), rows.split(plan.counts)):
-        shrunk = mine @ a_of[e].to(y.dtype).T
-        shrunk = (shrunk * scaling_of[e]).to(y.dtype)  # scaled in float32 and rounded once
+        shrunk = mine @ a_of[e].to(y.dtype).T  # unscaled: alpha acts in the accumulator, before anything is rounded
         if len(mine) == len(y):
-            return y.addmm_(shrunk, b_of[e].to(y.dtype))
-        merged.append(torch.addmm(base, shrunk, b_of[e].to(y.dtype)))
+            return y.addmm_(shrunk, b_of[e].to(y.dtype), alpha=scalings[e])
+        merged.append(torch.addmm(base, shrunk, b_of[e].to(y.dtype), alpha=scalings[e]))
     return torch.cat(merged) if plan.order is None else y.index_copy_(0, plan.order, torch.cat(merged))
 
 
