@@ -7,10 +7,12 @@ import filecmp
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import lyra_ops
-from lyra_ops.integrations import apply_multi_lora, modality_adapters
+from lyra_ops.integrations import apply_multi_lora, is_routed, modality_adapters
 
+accelerate = pytest.importorskip("accelerate")
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
@@ -81,9 +83,7 @@ def test_mixed_batch_is_each_sample_by_its_own_adapter() -> None:
 
 
 def test_ids_per_token_in_one_layer() -> None:
-    torch.manual_seed(0)
-    model = with_adapters(nn.ModuleDict({"q_proj": nn.Linear(6, 5)}), target_modules=["q_proj"]).eval()
-    layer = model.base_model.model["q_proj"]
+    model, layer = one_layer(nn.Linear(6, 5))
     x, ids = torch.randn(2, 9, 6).double(), torch.randint(-1, 3, (2, 9))
     want = torch.empty(2, 9, 5).double()
     for e, name in enumerate(RANKS):
@@ -98,8 +98,8 @@ def test_ids_per_token_in_one_layer() -> None:
         torch.testing.assert_close(layer(x.flatten(0, 1)), want.flatten(0, 1))
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_one_step_gives_the_gradients_of_separate_runs(checkpointing: bool) -> None:
+@pytest.mark.parametrize("checkpointing", [None, "use_reentrant=False", "use_reentrant=True"])
+def test_one_step_gives_the_gradients_of_separate_runs(checkpointing: str | None) -> None:
     inputs, model = batch(), with_adapters(llama()).train()
     weights = {name: p for name, p in model.named_parameters() if "lora_" in name}
     for p in weights.values():
@@ -118,7 +118,8 @@ def test_one_step_gives_the_gradients_of_separate_runs(checkpointing: bool) -> N
             want[name] = want[name] + (0.0 if p.grad is None else p.grad)
             p.grad = None
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "use_reentrant=True"})
     routed = apply_multi_lora(model)
     for p in weights.values():
         p.requires_grad_()
@@ -169,13 +170,20 @@ def test_generates_mixed_batches_with_a_cache() -> None:
     assert torch.equal(got, again)
 
 
-def test_compiles_as_a_whole() -> None:
-    inputs, model = batch(), with_adapters(llama()).eval()
-    routed = apply_multi_lora(model)
-    with routed.route(MIXED), torch.no_grad():
-        want = model(**inputs).logits
-        got = torch.compile(model.base_model.model, fullgraph=True, backend="eager")(**inputs).logits
-    torch.testing.assert_close(real(got, inputs), real(want, inputs))
+def test_compiles_as_a_whole_and_once_for_all_routes() -> None:
+    inputs, model = batch(), with_adapters(llama()).train()
+    weights = {name: p.requires_grad_() for name, p in model.named_parameters() if "lora_" in name}
+    routed, counter = apply_multi_lora(model), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model.base_model.model, fullgraph=True, backend=counter)
+    for names in (MIXED, ["image"] * 4, [None, "image", "speech", "speech"]):
+        gradients = []
+        for run in (compiled, model):
+            model.zero_grad()
+            with routed.route(names):
+                real(run(**inputs).logits, inputs).square().sum().backward()
+            gradients.append({name: p.grad for name, p in weights.items()})
+        torch.testing.assert_close(*gradients)
+    assert counter.frame_count == 1
 
 
 def test_removed_without_a_trace(tmp_path) -> None:
@@ -222,6 +230,61 @@ def test_adapters_may_change_while_it_is_routable(tmp_path) -> None:
     torch.testing.assert_close(real(merged(**inputs).logits, inputs), real(got, inputs))
 
 
+def one_layer(base: nn.Module) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    model = with_adapters(nn.ModuleDict({"q_proj": base}), target_modules=["q_proj"]).eval()
+    return model, model.base_model.model["q_proj"]
+
+
+def test_an_adapter_that_brings_new_layers_along() -> None:
+    inputs, model = batch(), with_adapters(llama(), target_modules=["q_proj"]).eval()
+    routed = apply_multi_lora(model)
+    config = peft.LoraConfig(r=2, target_modules=LINEARS, init_lora_weights=False)
+    model.add_adapter("wide", config)
+    model.double()
+    with routed.route(["wide"] * 4):
+        got = model(**inputs).logits
+    routed.remove()
+    model.set_adapter("wide")
+    torch.testing.assert_close(got, model(**inputs).logits)
+
+
+def test_weights_written_through_data_between_routes() -> None:
+    model, layer = one_layer(nn.Linear(6, 5))
+    routed, x = apply_multi_lora(model), torch.randn(2, 3, 6).double()
+    model.set_adapter("image")
+    for _ in range(2):
+        with routed.route(["image"] * 2), torch.no_grad():
+            got = layer(x)
+        torch.testing.assert_close(got, layer(x))
+        layer.lora_A["image"].weight.data.mul_(3)  # leaves no trace in the tensor's version
+
+
+def test_training_after_inference_mode_in_one_route() -> None:
+    model, layer = one_layer(nn.Linear(6, 5))
+    weight = layer.lora_A["image"].weight.requires_grad_()
+    x, ids = torch.randn(2, 40, 6).double(), torch.arange(80).view(2, 40) % 4 - 1
+    with apply_multi_lora(model).route(ids):
+        with torch.inference_mode():
+            layer(x)
+        layer(x).sum().backward()
+    assert weight.grad.any()
+
+
+def test_a_merged_model_is_refused() -> None:
+    model, layer = one_layer(nn.Linear(6, 5))
+    model.set_adapter("image")
+    routed, x = apply_multi_lora(model), torch.randn(2, 3, 6).double()
+    want = layer(x)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="adapters: got a route while image is merged"), routed.route(["speech"] * 2):
+        layer(x)
+    torch.testing.assert_close(layer(x), want)
+    model.unmerge_adapter()
+    with routed.route(["image"] * 2):
+        torch.testing.assert_close(layer(x), want)
+
+
 class Halved(nn.Linear):
     """Stands for a quantised layer: what it computes is not x W^T."""
 
@@ -229,14 +292,54 @@ class Halved(nn.Linear):
         return super().forward(x).div(2)
 
 
-def test_a_base_layer_with_a_forward_of_its_own_is_asked() -> None:
-    torch.manual_seed(0)
-    model = with_adapters(nn.ModuleDict({"q_proj": Halved(6, 5)}), target_modules=["q_proj"]).eval()
-    layer, x = model.base_model.model["q_proj"], torch.randn(2, 3, 6).double()
+class SavesItsResult(nn.Linear):
+    """What it returns is needed by its backward, so it must not be written to."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).exp()
+
+
+def offloaded(base: nn.Linear) -> nn.Linear:
+    """As device_map leaves a layer for which the GPU had no room: its weight comes only when forward is called."""
+    return accelerate.cpu_offload(base.double(), execution_device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("make", [Halved, SavesItsResult, lambda *size: offloaded(nn.Linear(*size))])
+def test_a_base_layer_with_a_forward_of_its_own_is_asked(make) -> None:
+    model, layer = one_layer(nn.Linear(6, 5))
+    base = make(6, 5)
+    layer.base_layer = base if any(p.is_meta for p in base.parameters()) else base.double()
+    weights = [layer.lora_A["image"].weight.requires_grad_(), layer.lora_B["image"].weight.requires_grad_()]
+    x = torch.randn(2, 3, 6).double().requires_grad_()
     model.set_adapter("image")
     want = layer(x)
     with apply_multi_lora(model).route(["image", "image"]):
+        got = layer(x)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*[torch.autograd.grad(y.square().sum(), [x, *weights]) for y in (got, want)])
+
+
+def test_the_layer_of_peft_around_a_quantised_linear() -> None:
+    from peft.tuners.lora.gptq import GPTQLoraLinear
+
+    config = peft.LoraConfig(r=3, init_lora_weights=False)
+    layer = GPTQLoraLinear(Halved(6, 5), "image", config=config, r=3, lora_alpha=5).double()
+    model, x = nn.ModuleDict({"q_proj": layer}), torch.randn(2, 3, 6).double()
+    want = torch.stack([layer(x[0]), layer.quant_linear_module(x[1])])
+    routed = apply_multi_lora(model)
+    with routed.route(["image", None]):
         torch.testing.assert_close(layer(x), want)
+    routed.remove()
+    assert type(layer) is GPTQLoraLinear
+
+
+def test_says_whether_it_is_routed() -> None:
+    model, _ = one_layer(nn.Linear(6, 5))
+    routed = apply_multi_lora(model)
+    assert not is_routed(model)
+    with routed.route([None]):
+        assert is_routed(model)
+    assert not is_routed(model)
 
 
 def test_the_mixin_of_transformers() -> None:
@@ -298,6 +401,8 @@ def test_qwen2_vl_with_an_image_in_the_batch() -> None:
 def test_modality_adapters_names_what_is_missing() -> None:
     with pytest.raises(ValueError, match="adapters: got none for sample 1 of text alone, expected one of image"):
         modality_adapters({"image": torch.tensor([True, False])}, {frozenset({"image"}): "image"})
+    with pytest.raises(ValueError, match="present: got batch sizes {'image': 1, 'speech': 2}"):
+        modality_adapters({"image": torch.tensor([True]), "speech": torch.tensor([True, False])}, {})
 
 
 @pytest.mark.parametrize(
@@ -325,6 +430,11 @@ def test_unequal_dropout_is_refused_in_training_only() -> None:
 def test_errors_of_apply() -> None:
     with pytest.raises(ValueError, match="model: got Linear without a LoRA layer"):
         apply_multi_lora(nn.Linear(2, 2))
+    plain = llama()
+    classes = [type(m) for m in plain.modules()]
+    with pytest.raises(ValueError, match="model: got LlamaForCausalLM without a LoRA layer"):
+        apply_multi_lora(plain)
+    assert [type(m) for m in plain.modules()] == classes
     model = with_adapters(llama())
     routed = apply_multi_lora(model)
     with pytest.raises(ValueError, match="is routable already"):
@@ -336,8 +446,15 @@ def test_errors_of_apply() -> None:
         model(**batch())
     with pytest.raises(TypeError, match="adapters: got the str 'image'"), routed.route("image"):
         pass
+    for wrong in (-2, 3):
+        ids = torch.tensor([[0, wrong]])
+        with pytest.raises(ValueError, match="expected -1 .base alone. or one of 0 = image"), routed.route(ids):
+            pass
+    own_head = with_adapters(llama(), modules_to_save=["lm_head"])
+    with pytest.raises(ValueError, match="lm_head is peft's ModulesToSaveWrapper, which would follow the active"):
+        apply_multi_lora(own_head)
     embedding = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["embed_tokens"]))
-    with pytest.raises(ValueError, match="LoRA layer of type Embedding, expected lora.Linear"):
+    with pytest.raises(ValueError, match="embed_tokens is peft's Embedding"):
         apply_multi_lora(embedding)
 
 

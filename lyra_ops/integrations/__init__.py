@@ -9,6 +9,7 @@ _HOMES = {
     "TokenExtractor": "token_extractor",
     "apply_multi_lora": "multi_lora",
     "apply_token_extractor": "token_extractor",
+    "is_routed": "multi_lora",
     "modality_adapters": "multi_lora",
 }
 

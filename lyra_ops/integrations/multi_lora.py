@@ -19,52 +19,66 @@ from dataclasses import dataclass, field
 
 import torch
 from peft.tuners import lora
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lyra_ops._checks import INT_DTYPES, check_tensor
+from lyra_ops._checks import INT_DTYPES, check_tensor, readable
 from lyra_ops.multi_lora import BankKeeper, LoraBank, LoraRouting, add_adapters, multi_lora_linear
+
+# peft's layers around quantised linears. By name, because peft defines some of them only beside their packages.
+QUANTISED = (
+    "AqlmLoraLinear",
+    "AwqLoraLinear",
+    "EetqLoraLinear",
+    "GPTQLoraLinear",
+    "HqqLoraLinear",
+    "IncLoraLinear",
+    "Linear4bit",
+    "Linear8bitLt",
+    "TorchaoLoraLinear",
+)
 
 
 def apply_multi_lora(model: nn.Module) -> RoutedLora:
     """Makes all LoRA layers of ``model`` routable, in place; the result routes, and removes itself.
 
-    Layers are peft's ``lora.Linear`` (peft >= 0.18) around any base layer: an ``nn.Linear`` runs fused with its
-    adapters, any other base (quantised ones, say) runs its own forward, to which the adapters are added in place.
-    Adapters may differ in rank, scaling (rslora too) and layers: one that a layer does not have adds nothing there.
+    Layers are peft's ``lora.Linear`` (peft >= 0.18) and its twins for quantised linears: an ``nn.Linear`` runs fused
+    with its adapters, any other base runs its own forward, to which the adapters are added. Adapters may differ in
+    rank, scaling (rslora too) and layers: one that a layer does not have adds nothing there. ``model`` may be a part,
+    such as ``model.language_model``; adapters outside of it stay peft's.
 
-    Raises ValueError for a model without LoRA layers or one that is routable already, for LoRA on other kinds of layers
-    (embeddings, convolutions, bitsandbytes) and, when they are used, for adapters whose variant (DoRA, aLoRA, ..), bias
-    or dropout cannot share one product.
+    Raises ValueError for a model without LoRA layers or one that is routable already, for adapters of other kinds
+    (embeddings, convolutions, modules_to_save) and, when they are used, for adapters whose variant (DoRA, aLoRA, ..),
+    bias or dropout cannot share one product.
     """
-    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, lora.LoraLayer)]
-    if not layers:
+    routed = RoutedLora(model)
+    if not routed.names:
+        routed.remove()
         raise ValueError(f"model: got {type(model).__name__} without a LoRA layer, expected one with peft adapters")
-    for name, layer in layers:
-        if isinstance(layer, _RoutedLinear):
-            raise ValueError(f"model: {name} is routable already; call remove() on what apply_multi_lora returned")
-        if type(layer) is not lora.Linear:
-            raise ValueError(f"model: {name} is a LoRA layer of type {type(layer).__name__}, expected lora.Linear")
-    routed = RoutedLora(model, [layer for _, layer in layers])
-    for module in model.modules():
-        if isinstance(module, (lora.Linear, GradientCheckpointingLayer)):
-            module.__dict__["_lyra_before"] = type(module)
-            module.__dict__["_lyra_routed"] = routed
-            module.__class__ = _RoutedLinear if isinstance(module, lora.Linear) else _routed_block(type(module))
     return routed
+
+
+def is_routed(model: nn.Module) -> bool:
+    """Whether ``model`` is run within a `RoutedLora.route` at the moment."""
+    handles = {id(m._lyra_routed): m._lyra_routed for m in model.modules() if "_lyra_routed" in m.__dict__}
+    return any(routed._now is not None for routed in handles.values())
 
 
 class RoutedLora:
     """Handle of a model whose LoRA layers are routable; made by `apply_multi_lora`."""
 
-    def __init__(self, model: nn.Module, layers: list[lora.Linear]) -> None:
-        self._model, self._layers = model, layers
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
         self._now: _Assignment | None = None
+        self._take_over()
 
     @property
     def names(self) -> tuple[str, ...]:
         """The adapters of the model in the order of their ids: that in which peft has added them."""
-        return tuple(dict.fromkeys(name for layer in self._layers for name in layer.lora_A))
+        layers = [m for m in self._model.modules() if isinstance(m, _RoutedLinear)]
+        return tuple(dict.fromkeys(name for layer in layers for name in layer.lora_A))
 
     @contextmanager
     def route(
@@ -81,12 +95,21 @@ class RoutedLora:
         whose recomputation finds the routing of its forward again. (Own calls of torch.utils.checkpoint: run backward
         inside.) Contexts may be nested; an exception leaves no trace.
 
-        Raises ValueError for a name or an id that does not exist; layers raise it for ids that fit no tokens of theirs.
+        Frozen adapters, and those under no_grad, are packed once per route; that their weights are written to in place
+        is noticed, but not through ``.data``.
+
+        Raises ValueError for a name or an id that does not exist (ids on a GPU are not read back: such a token gets the
+        base model alone); layers raise it for ids that fit no tokens of theirs and for adapters that are merged.
         """
+        self._take_over()
         names = self.names
         if isinstance(adapters, Tensor):
             shape = ("B", "L") if adapters.ndim == 2 else ("T",)
             ids = check_tensor("adapters", adapters, shape=shape, dtypes=INT_DTYPES)
+            if readable(ids) and ids.numel() and not -1 <= int(ids.min()) <= int(ids.max()) < len(names):
+                known = ", ".join(f"{e} = {name}" for e, name in enumerate(names))
+                got = f"{int(ids.min())} to {int(ids.max())}"
+                raise ValueError(f"adapters: got ids from {got}, expected -1 (base alone) or one of {known}")
             after = None if new_tokens is None else self._ids("new_tokens", new_tokens)
             assignment = _Assignment(names, per_token=ids, per_sample=after)
         elif new_tokens is not None:
@@ -102,7 +125,27 @@ class RoutedLora:
             if module.__dict__.get("_lyra_routed") is self:
                 module.__class__ = module.__dict__.pop("_lyra_before")
                 del module.__dict__["_lyra_routed"]
-                module.__dict__.pop("_lyra_bank", None)
+
+    def _take_over(self) -> None:
+        """Makes routable what is not yet: every layer at first, later those that another adapter has brought along."""
+        found = []
+        for name, module in self._model.named_modules():
+            owner = module.__dict__.get("_lyra_routed")
+            if owner not in (None, self):
+                raise ValueError(f"model: {name} is routable already; call remove() on what apply_multi_lora returned")
+            if isinstance(module, AuxiliaryTrainingWrapper) or (
+                isinstance(module, BaseTunerLayer) and not _is_linear(module)
+            ):
+                raise ValueError(
+                    f"model: {name} is peft's {type(module).__name__}, which would follow the active adapter, "
+                    "expected LoRA on linear layers alone"
+                )
+            if owner is None and isinstance(module, (BaseTunerLayer, GradientCheckpointingLayer)):
+                found.append(module)
+        for module in found:
+            module.__dict__["_lyra_before"] = type(module)
+            module.__dict__["_lyra_routed"] = self
+            module.__class__ = _routed_class(type(module))
 
     def _ids(self, argument: str, names: Sequence[str | None]) -> Tensor:
         known = {None: -1, **{name: e for e, name in enumerate(self.names)}}
@@ -130,12 +173,14 @@ class _Assignment:
     per_token: Tensor | None  # (B, L) or (T,)
     per_sample: Tensor | None  # (B,)
     routings: dict = field(default_factory=dict)
+    keepers: dict = field(default_factory=dict)  # of packed banks, by layer
 
     def routing(self, x: Tensor, bank: LoraBank) -> LoraRouting:
         shape = tuple(x.shape[:-1])
-        key = (shape, bank.names, x.device)
+        key = (shape, bank.names, x.device, _in_inference_mode())
         if key not in self.routings:
-            self.routings[key] = LoraRouting(self._places(bank.names)[self._ids(shape)].to(x.device), bank)
+            ids = self._ids(shape).to(x.device)
+            self.routings[key] = LoraRouting(self._places(ids, bank.names), bank)
         return self.routings[key]
 
     def _ids(self, shape: tuple[int, ...]) -> Tensor:
@@ -146,37 +191,45 @@ class _Assignment:
         got = [f"{tuple(ids.shape)}" for ids in (self.per_token, self.per_sample) if ids is not None]
         raise ValueError(f"adapters: got ids for {' and '.join(got)}, expected them to fit a layer that sees {shape}")
 
-    def _places(self, present: tuple[str, ...]) -> Tensor:
-        """By id: the place of the adapter among ``present``, -1 where it is not; the last entry is that of id -1."""
-        return torch.tensor([present.index(name) if name in present else -1 for name in self.names] + [-1])
+    def _places(self, ids: Tensor, present: tuple[str, ...]) -> Tensor:
+        """The ids as places in ``present``, -1 where the adapter is not there. Copies nothing to the device."""
+        places = ids
+        for e, name in enumerate(self.names):
+            place = present.index(name) if name in present else -1
+            if place != e:
+                places = torch.where(ids == e, place, places)
+        return places
 
 
-class _RoutedLinear(lora.Linear):
-    """peft's layer; while a route is set, each token goes through its own adapter. Made by a change of class alone."""
+class _RoutedLinear:
+    """A layer of peft; while a route is set, each token goes through its own adapter. Mixed in by a change of class."""
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         assignment = self._lyra_routed._now
         present = [name for name in self.lora_A if assignment is not None and name in assignment.names]
-        if not present or self.disable_adapters or self.merged or kwargs.get("adapter_names") is not None:
+        if not present or self.disable_adapters or kwargs.get("adapter_names") is not None:
             return super().forward(x, *args, **kwargs)
-        bank = self._bank(present)
+        if self.merged:
+            merged = ", ".join(self.merged_adapters)
+            raise ValueError(f"adapters: got a route while {merged} is merged, expected unmerge_adapter() before")
+        bank = self._bank(present, assignment)
         routing = assignment.routing(x, bank)
         options = {"dropout_p": self._dropout(present), "training": self.training}
         base = self.base_layer
-        if type(base) is nn.Linear and not (args or kwargs or base._forward_hooks or base._forward_pre_hooks):
+        if _is_plain(base) and not (args or kwargs):
             return multi_lora_linear(x, base.weight, bank, routing, base.bias, **options)
-        return add_adapters(base(x, *args, **kwargs), x, bank, routing, **options)
+        y = base(x, *args, **kwargs)
+        # What a foreign autograd function returns may be a view that must not be written to, or be kept for backward.
+        return add_adapters(y.clone() if y.requires_grad else y, x, bank, routing, **options)
 
-    def _bank(self, present: list[str]) -> LoraBank:
+    def _bank(self, present: list[str], assignment: _Assignment) -> LoraBank:
         for name in present:
             if name in self.lora_variant:
                 raise ValueError(f"adapter {name!r}: got {type(self.lora_variant[name]).__name__}, expected plain LoRA")
             if self.lora_B[name].bias is not None:
                 raise ValueError(f"adapter {name!r}: got lora_bias=True, expected False")
-        keeper = self.__dict__.setdefault("_lyra_bank", BankKeeper())
-        return keeper.bank(
-            {name: (self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]) for name in present}
-        )
+        keeper = assignment.keepers.setdefault(self, BankKeeper())
+        return keeper.bank({n: (self.lora_A[n].weight, self.lora_B[n].weight, self.scaling[n]) for n in present})
 
     def _dropout(self, present: list[str]) -> float:
         chances = {name: getattr(self.lora_dropout[name], "p", 0.0) for name in present}
@@ -201,8 +254,25 @@ class _RoutedBlock:
 
 
 @functools.cache
-def _routed_block(block: type) -> type:
-    return type(block.__name__, (_RoutedBlock, block), {})
+def _routed_class(before: type) -> type:
+    return type(before.__name__, (_RoutedLinear if issubclass(before, BaseTunerLayer) else _RoutedBlock, before), {})
+
+
+def _in_inference_mode() -> bool:
+    """Tensors made in inference mode cannot be saved for backward, so none is kept for what comes after it."""
+    return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+
+
+def _is_linear(layer: BaseTunerLayer) -> bool:
+    if isinstance(layer, _RoutedLinear) or type(layer) is lora.Linear:
+        return True
+    return isinstance(layer, lora.LoraLayer) and type(layer).__name__ in QUANTISED
+
+
+def _is_plain(base: nn.Module) -> bool:
+    """Whether calling ``base`` is F.linear and nothing else: no hooks, offloading, sharding or packed weight."""
+    hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+    return type(base) is nn.Linear and type(base.weight) is nn.Parameter and "forward" not in vars(base) and not hooked
 
 
 def modality_adapters(present: Mapping[str, Tensor], adapters: Mapping[frozenset[str], str | None]) -> list[str | None]:
@@ -218,13 +288,17 @@ def modality_adapters(present: Mapping[str, Tensor], adapters: Mapping[frozenset
         present: per modality a bool tensor (B, L), which tokens are of it, or (B,), which samples hold it.
         adapters: name of the adapter (None: the base model) by combination.
 
-    Returns a name per sample, for `RoutedLora.route`. Raises ValueError for a combination without an adapter.
+    Returns a name per sample, for `RoutedLora.route`. Raises ValueError for a combination without an adapter and for
+    modalities of different batch sizes.
 
     Source: Lyra (arXiv 2412.09501), section 3.2.
     """
     found = {name: mask.reshape(len(mask), -1).any(dim=1).tolist() for name, mask in present.items()}
+    sizes = {name: len(samples) for name, samples in found.items()}
+    if len(set(sizes.values())) != 1:
+        raise ValueError(f"present: got batch sizes {sizes}, expected one or more modalities of the same")
     chosen = []
-    for sample in range(len(next(iter(found.values()), []))):
+    for sample in range(next(iter(sizes.values()))):
         combination = frozenset(name for name, samples in found.items() if samples[sample])
         if combination not in adapters:
             known = ", ".join("+".join(sorted(key)) or "text alone" for key in adapters)
