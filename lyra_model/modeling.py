@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTraine
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from lyra_ops import integrations
+
 from .config import LyraConfig
 from .speech import SpeechProjector, encode_windows
 
@@ -131,10 +133,11 @@ class LyraForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def generate(self, *args, **kwargs):
         """``GenerationMixin.generate``; the peft adapters work where the input holds speech and rest where it does not.
 
-        The choice is made for the whole batch, as in the published code (section 3.2's M(x) per request).
+        The choice is made for the whole batch, as in the published code (section 3.2's M(x) per request), but where
+        ``lyra_ops.integrations.apply_multi_lora`` routes, its route is kept to.
         """
         if self._hf_peft_config_loaded:
-            if kwargs.get("input_features") is not None:
+            if kwargs.get("input_features") is not None or integrations.is_routed(self):
                 self.enable_adapters()
             else:
                 self.disable_adapters()
