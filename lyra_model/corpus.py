@@ -8,8 +8,8 @@ Training texts come from three sources, so that the vocabulary is open (a closed
 
 Texts to judge by: "heldout", 200 example phrases, and the files data/everyday_questions.txt and
 data/demo_questions.txt, all written or fixed before any training. No training text shares five words in a row with
-any of them (nor holds one of them whole, where it is shorter than that). Choices between settings are made on "dev",
-400 texts of the training's own kinds, and on nothing else.
+any of them (nor holds one of them whole, where it is shorter than that). To choose between settings there is "dev", 400
+texts of the training's own kinds.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 - repeat: word error rate when asked to repeat 200 open-vocabulary phrases.
 - answer: how often a spoken everyday question gets the answer of the same question typed, over 200 of them.
 
-``--split dev`` judges by 400 other texts of the training's kinds: settings are chosen by those, never by the above.
+``--split dev`` judges by 400 other texts, of the training's kinds: those to choose settings by.
 """
 
 from __future__ import annotations

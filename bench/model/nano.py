@@ -75,8 +75,7 @@ def main() -> None:
 
 
 def full(args: argparse.Namespace, base: Path, processor: LyraProcessor) -> dict:
-    model, processor = nano.load_nano()
-    result = evaluate.evaluate(model, processor, *evaluate.spoken(args.cache, "test", args.limit))
+    result = evaluate.evaluate(*nano.load_nano(), *evaluate.spoken(args.cache, "test", args.limit))
     print({k: round(v, 3) for task in result.values() for k, v in task.items() if k != "rows"})
     return result
 

@@ -32,6 +32,7 @@
 #include <tuple>
 
 #include "lyra/check.h"
+#include "lyra/simd.h"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lyra, m) {
   m.def(
@@ -39,13 +40,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lyra, m) {
       " -> (Tensor value, Tensor probs)");
   m.def("soft_dtw_backward(Tensor grad_value, Tensor probs, Tensor x_lengths, Tensor y_lengths, int band) -> Tensor");
 }
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define LYRA_SIMD __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define LYRA_SIMD
-#endif
-#define LYRA_INLINE __attribute__((always_inline)) inline
 
 namespace lyra {
 namespace {

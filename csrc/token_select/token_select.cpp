@@ -27,19 +27,13 @@
 #include <vector>
 
 #include "lyra/check.h"
+#include "lyra/simd.h"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lyra, m) {
   m.def(
       "token_scores(Tensor query, Tensor key, Tensor? query_mask, Tensor? key_mask, Tensor head_weights, float scale,"
       " bool causal, Tensor? lse) -> Tensor");
 }
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define LYRA_SIMD __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define LYRA_SIMD
-#endif
-#define LYRA_INLINE __attribute__((always_inline)) inline
 
 namespace lyra {
 namespace {
