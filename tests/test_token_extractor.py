@@ -218,7 +218,7 @@ def test_generating_is_recomputing(family):
             **inputs, max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True,
             suppress_tokens=[IMAGE, VISION_START, VISION_END, 63],
         )  # fmt: skip
-    lengths = [out.past_key_values.get_seq_length(i) for i in range(6)]
+    lengths = [out.cache.get_seq_length(i) for i in range(6)]
     assert lengths[0] == lengths[1] > lengths[2] == lengths[3] > lengths[4] == lengths[5]
 
     prompt = inputs["input_ids"].shape[1]
@@ -298,7 +298,7 @@ def test_a_cache_made_by_a_plain_forward_is_continued():
     place = mask.sum(1, keepdim=True) - 1
     with torch.no_grad():
         ids = out.logits[:, -1:].argmax(-1)
-        full = model(ids, attention_mask=mask, past_key_values=out.past_key_values, position_ids=place)
+        full = model(ids, attention_mask=mask, cache=out.cache, position_ids=place)
     assert torch.equal(full.logits[:, -1].argmax(-1), want)
 
 
@@ -306,10 +306,10 @@ def test_a_cropped_cache_is_refused():
     model = tiny("llama")
     extractor = apply_token_extractor(model, blocks=3, keep=0.5, min_keep=0)
     inputs = sample("llama", 8, 5, seed=0)
-    cache = run(model, extractor, inputs, use_cache=True).past_key_values
+    cache = run(model, extractor, inputs, use_cache=True).cache
     cache.crop(-1)
     with pytest.raises(ValueError, match="cropped"):
-        model(torch.tensor([[3]]), past_key_values=cache)
+        model(torch.tensor([[3]]), cache=cache)
 
 
 def test_a_schedule_ends_with_no_modality_token():

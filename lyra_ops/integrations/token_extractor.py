@@ -167,11 +167,9 @@ class TokenExtractor:
         mask = inputs.get("attention_mask")
         if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
             raise ValueError("attention_mask: got a prepared mask, expected (B, L) or None: it is rebuilt per layer")
-        cache = inputs.get("past_key_values")
+        cache = _cache(inputs.get("kwargs", {}) | inputs)
         if cache is not None and any(layer.is_compileable for layer in getattr(cache, "layers", [])):
-            raise ValueError(
-                "past_key_values: got a static cache; its layers share one length, dropping needs a DynamicCache"
-            )
+            raise ValueError("cache: got a static cache; its layers share one length, dropping needs a DynamicCache")
         batch, length = tokens.shape[:2]
         self._decoding = cache is not None and cache.get_seq_length() > 0
         if self._decoding:
@@ -183,7 +181,7 @@ class TokenExtractor:
         self._prompt = self._begin(real)
 
     def _after_text_model(self, module: nn.Module, args: tuple, output: object) -> None:
-        cache = getattr(output, "past_key_values", None)
+        cache = _cache(vars(output))
         if cache is not None and self._prompt is not None:
             self._prompts[cache] = self._prompt
 
@@ -224,7 +222,7 @@ class TokenExtractor:
             cached = cache.get_seq_length(first)
             if cached != stage.key_mask.shape[1]:
                 raise ValueError(
-                    f"past_key_values: layer {first} holds {cached} tokens, expected the {stage.key_mask.shape[1]} "
+                    f"cache: layer {first} holds {cached} tokens, expected the {stage.key_mask.shape[1]} "
                     "that the extractor saw; a cache that was cropped or edited cannot be continued"
                 )
             stage.key_mask = torch.cat([stage.key_mask, new], dim=1)
@@ -345,6 +343,11 @@ class TokenExtractor:
         if self._prompt is not None:
             kwargs["shift_labels"] = self._prompt.targets[:, -logits.shape[1] :].contiguous()
         return loss_function(*args, logits=logits, labels=labels, **kwargs)
+
+
+def _cache(named: Mapping[str, object]) -> Cache | None:
+    """transformers renamed the argument and the field in 5.24."""
+    return next((named[name] for name in ("cache", "past_key_values") if named.get(name) is not None), None)
 
 
 def _text_model(model: nn.Module) -> nn.Module:
