@@ -1,6 +1,7 @@
 """python -m bench <op|all>: checks each implementation against float64, then times it beside its peers.
 
-Exit code 1, and no time at all, for an op of ours that gives a wrong result.
+Exit code 1, and no time at all, for an op of ours that gives a wrong result. ``--report`` writes one HTML page from all
+results that were kept.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ import torch
 from bench.harness import Result, WrongResult, measure, measured_ceilings
 
 HERE = Path(__file__).parent
-OPS = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in ("__main__", "harness"))
+OPS = sorted(path.stem for path in HERE.glob("*.py") if (HERE.parent / "lyra_ops" / path.stem).is_dir())
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
-    parser.add_argument("op", choices=[*OPS, "all"])
+    parser.add_argument("op", choices=[*OPS, "all"], nargs="?")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU; default %(default)s")
     parser.add_argument("--quick", action="store_true", help="small inputs and few repeats: does it run?")
@@ -37,7 +38,19 @@ def main(arguments: list[str]) -> int:
         metavar="FILE",
         help="write the results; without FILE to bench/results/<device>/<op>.json",
     )
+    parser.add_argument(
+        "--report",
+        nargs="?",
+        const=Path("bench/results/report.html"),
+        type=Path,
+        metavar="FILE",
+        help="write a page with plots from all kept results; default %(const)s",
+    )
     args = parser.parse_args(arguments)
+    if args.op is None:
+        if not args.report:
+            parser.error("op: got none, expected " + ", ".join([*OPS, "all"]) + "; or --report alone")
+        return report(args.report)
     if args.op == "all" and isinstance(args.json, str):
         parser.error("--json: a FILE holds one op, but 'all' were asked for")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -66,6 +79,18 @@ def main(arguments: list[str]) -> int:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(record(op, args, ceilings, results), indent=1) + "\n")
             print(f"\nwritten to {path}")
+    return report(args.report) if args.report else 0
+
+
+def report(page: Path) -> int:
+    from bench.report import write  # matplotlib, which timing does without
+
+    try:
+        write(HERE / "results", page)
+    except FileNotFoundError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    print(f"written to {page}")
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bench.harness import BOTH, FORWARD, Cost, Workload, WrongResult, measure
+from bench.report import write
 
 ROOT = Path(__file__).parents[1]
 CEILINGS = {"bytes_per_s": 1e9, "flop_per_s": 1e9}
@@ -89,3 +91,25 @@ def test_the_command_writes_what_it_ran_on(tmp_path: Path):
     assert told["threads"] == 1
     assert all(told[key] for key in ("device", "torch", "commit", "command", "date", "ceilings"))
     assert {r["implementation"] for r in told["results"]} >= {"lyra (cpu)", "plain torch (anti-diagonals)"}
+
+
+def test_the_report_shows_what_was_kept_and_nothing_else(tmp_path: Path):
+    results = [asdict(r) for r in measure([workload(lyra=square, peer_a=square)], "cpu", CEILINGS, quick=True)]
+    results[0]["peak_bytes"], results[1]["peak_bytes"] = 0, None  # nothing more than the inputs; not known
+    told = {"op": "squares", "device": "a <CPU>", "threads": 1, "torch": "2", "driver": None, "commit": "abc123"}
+    told |= {"command": "python -m bench squares", "date": "today", "load": 0.5}
+    told |= {"ceilings": CEILINGS, "results": results}
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "squares.json").write_text(json.dumps(told))
+    (tmp_path / "cpu" / "other.json").write_text(json.dumps({"rows": []}))  # a record of another kind
+    write(tmp_path, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "a &lt;CPU&gt;" in page and "abc123" in page and page.count("<svg") == 3
+    for r in results:
+        assert f"{r['seconds']['median'] * 1e3:.3f} ms" in page
+    assert "peer a" in page
+
+
+def test_the_report_says_where_there_is_nothing_to_show(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match="no results"):
+        write(tmp_path, tmp_path / "report.html")
