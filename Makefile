@@ -10,11 +10,12 @@ BIN := $(VENV)/bin
 LIBRARY := lyra_ops/_C.so
 SOURCES := CMakeLists.txt setup.py $(wildcard csrc/*/*.* csrc/*/*/*.*)
 
-.PHONY: help demo test test-fast lint format build bench train gpu-check clean
+.PHONY: help demo test test-fast test-oracles lint format build bench train gpu-check clean
 
 help:
 	@echo "make demo       ask Nano Lyra spoken questions (a few minutes the first time)"
 	@echo "make test       all tests that need no GPU          make test-fast  without the slow ones"
+	@echo "make test-oracles  soft_dtw beside aeon and OTT-JAX, in an environment of their own"
 	@echo "make lint       ruff and clang-format               make format     the same, repairing"
 	@echo "make build      compile lyra_ops/_C.so in place     make bench      benchmarks; ARGS='soft_dtw --json'"
 	@echo "make train      lyra train; ARGS='--help'           make gpu-check  tests and benchmarks on a GPU machine"
@@ -29,6 +30,10 @@ test: $(VENV)/.dev $(LIBRARY)
 
 test-fast: $(VENV)/.dev $(LIBRARY)
 	$(BIN)/python -m pytest -q -m "not interp and not slow" $(ARGS)
+
+# aeon wants an older numba than the rest, and JAX is large.
+test-oracles: $(VENV)-oracles/.made $(LIBRARY)
+	$(VENV)-oracles/bin/python -m pytest -q tests/test_soft_dtw.py tests/test_soft_dtw_features.py -k matches $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check
@@ -50,6 +55,11 @@ train: $(VENV)/.dev $(LIBRARY)
 
 gpu-check:
 	$(PYTHON) .ci/gpu_check.py
+
+$(VENV)-oracles/.made: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-oracles
+	$(VENV)-oracles/bin/pip install -q "$(TORCH)" aeon "ott-jax" jax tslearn ddtw numpy pytest hypothesis
+	@touch $@
 
 clean:
 	rm -rf build $(LIBRARY) lyra_ops/build_info.json
