@@ -2,95 +2,36 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from token_extractor_models import (
+    AUDIO,
+    FAMILIES,
+    MROPE,
+    SIDES,
+    SPECIAL,
+    TEXT,
+    batch_of,
+    longer,
+    modality_of,
+    sample,
+    three,
+    tiny,
+    vendored,
+)
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
+import lyra_model
 from lyra_ops.integrations import apply_token_extractor
 from lyra_ops.testing import assert_within_reference_error
 
-IMAGE, VISION_START, VISION_END, PAD = 60, 61, 62, 0
-TEXT = {
-    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 512, "pad_token_id": PAD, "bos_token_id": 1,
-    "eos_token_id": None,
-}  # fmt: skip
-MROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
-PLAIN, VISION = ("llama", "qwen2"), ("qwen2_vl", "qwen2_5_vl")
 
-
-def tiny(family: str, attention: str = "sdpa") -> nn.Module:
-    torch.manual_seed(0)
-    if family in PLAIN:
-        config = transformers.AutoConfig.for_model(family, **TEXT)
-        config.image_token_id = IMAGE
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-    else:
-        own = (
-            {"embed_dim": 16, "hidden_size": 32} if family == "qwen2_vl" else {"hidden_size": 16, "out_hidden_size": 32}
-        )
-        vision = dict(depth=1, num_heads=2, patch_size=2, spatial_merge_size=2, temporal_patch_size=1, **own)
-        config = transformers.AutoConfig.for_model(
-            family, text_config=TEXT | {"rope_parameters": MROPE}, vision_config=vision, image_token_id=IMAGE,
-            video_token_id=63, vision_start_token_id=VISION_START, vision_end_token_id=VISION_END,
-        )  # fmt: skip
-        model = transformers.AutoModelForImageTextToText.from_config(config, attn_implementation=attention)
-    # Larger weights than at initialisation: attention that differs from token to token, logits that depend on it.
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim > 1 and "embed" not in name:
-                parameter.mul_(8)
-    # Eager attention takes its softmax in float32, whatever the model's dtype: float64's mask overflows there.
-    return model.eval() if attention == "eager" else model.double().eval()
-
-
-def sample(family: str, image_side: int, tail: int, seed: int) -> dict[str, Tensor]:
-    """Text, an image of (image_side / 2)^2 tokens, and a question of ``tail`` tokens."""
-    g = torch.Generator().manual_seed(seed)
-    text = torch.randint(2, 60, (3 + tail,), generator=g).tolist()
-    n = (image_side // 2) ** 2
-    ids = torch.tensor([text[:3] + [VISION_START] + [IMAGE] * n + [VISION_END] + text[3:]])
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if family in VISION:
-        inputs["pixel_values"] = torch.randn(image_side**2, 12, generator=g, dtype=torch.float64)
-        inputs["image_grid_thw"] = torch.tensor([[1, image_side, image_side]])
-        inputs["mm_token_type_ids"] = (ids == IMAGE).int()
-    else:
-        # Without a vision tower all image tokens are alike; other ids, given by mask, are not.
-        inputs["input_ids"] = torch.where(ids == IMAGE, torch.randint(2, 60, ids.shape, generator=g), ids)
-        inputs["position_ids"] = torch.arange(ids.shape[1])[None]
-    return inputs
-
-
-def batch_of(samples: list[dict[str, Tensor]], side: str) -> dict[str, Tensor]:
-    length = max(s["input_ids"].shape[1] for s in samples)
-    out = {}
-    for name in samples[0]:
-        if name in ("pixel_values", "image_grid_thw"):
-            out[name] = torch.cat([s[name] for s in samples])
-            continue
-        gaps = [length - s[name].shape[1] for s in samples]
-        rows = [nn.functional.pad(s[name], (n, 0) if side == "left" else (0, n)) for s, n in zip(samples, gaps)]
-        out[name] = torch.cat(rows)
-    return out
-
-
-def modality_of(inputs: dict[str, Tensor]) -> Tensor:
-    """What lies between the vision marks."""
-    ids = inputs["input_ids"]
-    return ((ids == VISION_START).cumsum(1) > 0) & ((ids == VISION_END).cumsum(1) == 0) & (ids != VISION_START)
-
-
-SIDES = ((8, 5), (12, 9), (10, 3))
-
-
-@pytest.fixture(params=PLAIN + VISION)
+@pytest.fixture(params=FAMILIES)
 def family(request) -> str:
     return request.param
 
@@ -109,32 +50,29 @@ def close(got: Tensor, want: Tensor) -> bool:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_keeping_all_changes_nothing(family, attention, side):
     model = tiny(family, attention)
-    inputs = batch_of([sample(family, *s, seed=i) for i, s in enumerate(SIDES)], side)
-    inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+    inputs = three(family, side, model.dtype)
     with torch.no_grad():
         want = model(**inputs).logits
-    extractor = apply_token_extractor(model, keep=1.0)
+    extractor = apply_token_extractor(model, blocks=3, keep=1.0)
     got = run(model, extractor, inputs).logits
     assert torch.equal(got, want)
 
 
 def test_eager_attention_drops_what_sdpa_drops(family):
-    inputs = batch_of([sample(family, *s, seed=i) for i, s in enumerate(SIDES)], "left")
     logits = {}
     for name, model in (
         ("exact", tiny(family)),
         ("plain", tiny(family).float()),
         ("eager", tiny(family, "eager")),
     ):
-        feed = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
         extractor = apply_token_extractor(model, blocks=3, keep=0.5, min_keep=0)
-        logits[name] = run(model, extractor, feed).logits[extractor.positions >= 0]
+        logits[name] = run(model, extractor, three(family, "left", model.dtype)).logits[extractor.positions >= 0]
     assert_within_reference_error(logits["eager"], logits["plain"], logits["exact"])
 
 
 def test_dropping_is_masking_the_dropped_keys_in_later_layers(family):
     model = tiny(family)
-    inputs = batch_of([sample(family, *s, seed=i) for i, s in enumerate(SIDES)], "left")
+    inputs = three(family, "left")
     extractor = apply_token_extractor(model, blocks=3, keep=0.5, min_keep=0)
     kept = {}
     watch = [
@@ -174,26 +112,57 @@ def test_dropping_is_masking_the_dropped_keys_in_later_layers(family):
         assert close(got[b][there], want[b][positions[b][there]])
 
 
-def test_the_kept_tokens_are_those_of_the_published_formula():
+@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize("spoken", [False, True])
+def test_the_kept_tokens_are_those_of_the_published_formula(spoken, early):
+    """With a spoken instruction, its tokens take the place of the text's, and stay."""
     model = tiny("llama")
     inputs = sample("llama", 12, 9, seed=3)
     modality = modality_of(inputs)[0]
-    extractor = apply_token_extractor(model, keep={2: 0.4}, min_keep=0)
+    rows = ~modality & (modality.cumsum(0) > 0)
+    asks = torch.zeros_like(modality)
+    if spoken:
+        asks[5:9] = True
+        assert modality[5:9].all()
+        rows, dropped_from = asks, modality & ~asks
+    else:
+        dropped_from = modality
+    extractor = apply_token_extractor(model, keep={2: 0.4}, min_keep=0, early=early)
     seen = {}
     layer = model.model.layers[2]
     layer.register_forward_pre_hook(lambda _, args, kwargs: seen.update(kwargs, x=args[0]), with_kwargs=True)
-    run(model, extractor, inputs)
+    with torch.no_grad(), extractor.modality(modality[None], query=asks[None] if spoken else None):
+        model(**inputs)
 
     attention, x = layer.self_attn, layer.input_layernorm(seen["x"])
     split = lambda y: y.view(*y.shape[:2], -1, attention.head_dim).transpose(1, 2)  # noqa: E731
     rotary = sys.modules[type(attention).__module__].apply_rotary_pos_emb
     q, k = rotary(split(attention.q_proj(x)), split(attention.k_proj(x)), *seen["position_embeddings"])
-    rows = ~modality & (modality.cumsum(0) > 0)
     p = (q[0, :, rows] @ k[0].repeat_interleave(2, dim=0).mT / attention.head_dim**0.5).softmax(-1).mean((0, 1))
-    places = modality.nonzero()[:, 0]
+    places = dropped_from.nonzero()[:, 0]
     best = places[p[places].argsort(descending=True)[: int(0.4 * len(places))]]
-    want = torch.cat([(~modality).nonzero()[:, 0], best]).sort().values
+    want = torch.cat([(~dropped_from).nonzero()[:, 0], best]).sort().values
     assert torch.equal(extractor.positions[0], want)
+
+
+def test_a_spoken_question_asks_in_a_batch():
+    """Images are dropped by what the sound looks at; the text, which has no part in it, may be anything."""
+    family = "qwen2_5_omni_thinker"
+    model = tiny(family)
+    extractor = apply_token_extractor(model, blocks=3, keep=0.5, min_keep=0)
+    samples = [sample(family, *s, seed=i) for i, s in enumerate(SIDES)]
+    inputs = batch_of(samples, "left")
+    with torch.no_grad(), extractor.modality(query=inputs["input_ids"] == AUDIO):
+        got = model(**inputs).logits
+    kept = extractor.positions
+    for b, one in enumerate(samples):
+        with torch.no_grad(), extractor.modality(query=one["input_ids"] == AUDIO):
+            want = model(**one).logits[0]
+        places = extractor.positions[0]
+        assert set((one["input_ids"][0] == AUDIO).nonzero()[:, 0].tolist()) <= set(places.tolist())
+        gap = inputs["input_ids"].shape[1] - one["input_ids"].shape[1]
+        assert torch.equal(kept[b][kept[b] >= 0] - gap, places)
+        assert close(got[b, -want.shape[0] :], want)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -208,29 +177,67 @@ def test_a_padded_batch_is_its_samples(family, score, side):
         assert close(got[b, -want.shape[0] :], want)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_early_drop_is_late_drop(family, side):
+    model, inputs = tiny(family), three(family, side)
+    labels = inputs["input_ids"].masked_fill(modality_of(inputs) | (inputs["attention_mask"] == 0), -100)
+    rows, logits, positions, gradients = {}, {}, {}, {}
+    for early in (True, False):
+        extractor = apply_token_extractor(model, blocks=3, keep=0.5, min_keep=0, early=early)
+        layer = extractor.text_model.layers[1]
+        seen = rows[early] = {}
+        watch = [
+            part.register_forward_hook(lambda m, args, out, name=name, seen=seen: seen.update({name: args[0].shape[1]}))
+            for name, part in (("o_proj", layer.self_attn.o_proj), ("mlp", layer.mlp), ("q", layer.self_attn.q_proj))
+        ]
+        with torch.no_grad(), extractor.modality(modality_of(inputs)):
+            logits[early] = model(**inputs).logits
+        positions[early] = extractor.positions
+        model.zero_grad()
+        with extractor.modality(modality_of(inputs)):
+            model(**inputs, labels=labels, use_cache=False).loss.backward()
+        gradients[early] = {n: p.grad.clone() for n, p in extractor.text_model.named_parameters() if p.grad is not None}
+        for handle in watch:
+            handle.remove()
+        extractor.remove()
+    assert torch.equal(positions[True], positions[False])
+    assert close(logits[True], logits[False])
+    assert gradients[True].keys() == gradients[False].keys() and gradients[True]
+    for name in gradients[True]:
+        assert close(gradients[True][name], gradients[False][name]), name
+    length = inputs["input_ids"].shape[1]
+    assert rows[False] == {"o_proj": length, "mlp": length, "q": length}
+    assert rows[True]["q"] == length and rows[True]["o_proj"] == rows[True]["mlp"] < length
+
+
+def test_early_drop_gives_the_same_bits():
+    """One row more or less does not change how a row is multiplied, at sizes where the library does not switch."""
+    model, inputs = tiny("llama"), three("llama", "left")
+    got = []
+    for early in (True, False):
+        extractor = apply_token_extractor(model, blocks=3, keep=0.5, min_keep=0, early=early)
+        got.append(run(model, extractor, inputs).logits)
+        extractor.remove()
+    assert torch.equal(*got)
+
+
 def test_generating_is_recomputing(family):
     """Greedy tokens and their logits, batch 3 with images, against one forward over prompt and answer together."""
     model = tiny(family)
     extractor = apply_token_extractor(model, blocks=3, keep=0.5, min_keep=0)
-    inputs = batch_of([sample(family, *s, seed=i) for i, s in enumerate(SIDES)], "left")
+    inputs = three(family, "left")
     with extractor.modality(modality_of(inputs)):
         out = model.generate(
             **inputs, max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True,
-            suppress_tokens=[IMAGE, VISION_START, VISION_END, 63],
+            suppress_tokens=SPECIAL,
         )  # fmt: skip
     lengths = [out.cache.get_seq_length(i) for i in range(6)]
     assert lengths[0] == lengths[1] > lengths[2] == lengths[3] > lengths[4] == lengths[5]
 
     prompt = inputs["input_ids"].shape[1]
-    full = dict(
-        inputs, input_ids=out.sequences, attention_mask=nn.functional.pad(inputs["attention_mask"], (0, 6), value=1)
-    )
-    if "mm_token_type_ids" in full:
-        full["mm_token_type_ids"] = nn.functional.pad(inputs["mm_token_type_ids"], (0, 6))
+    full = longer(inputs, out.sequences)
     labels = out.sequences.clone()
     labels[:, :prompt] = -100  # the answer does not ask
-    if "position_ids" in full:
-        full["position_ids"] = (full["attention_mask"].cumsum(1) - 1).clamp(min=0)
     with torch.no_grad(), extractor.modality(nn.functional.pad(modality_of(inputs), (0, 6))):
         want = model(**full, labels=labels).logits[:, -7:-1]
     got = torch.stack(out.logits, dim=1)
@@ -241,7 +248,7 @@ def test_generating_is_recomputing(family):
 def test_beams_generate(family):
     model = tiny(family)
     extractor = apply_token_extractor(model, blocks=3, keep=0.5, min_keep=0)
-    inputs = batch_of([sample(family, *s, seed=i) for i, s in enumerate(SIDES)], "left")
+    inputs = three(family, "left")
     with extractor.modality(modality_of(inputs)):
         got = model.generate(**inputs, max_new_tokens=4, num_beams=2, do_sample=False)
     assert got.shape == (3, inputs["input_ids"].shape[1] + 4)
@@ -251,7 +258,7 @@ def test_the_loss_is_that_of_the_kept_tokens_own_targets(family):
     """Also where the target itself is dropped, or stands behind a gap."""
     model = tiny(family)
     extractor = apply_token_extractor(model, blocks=3, keep=0.5, min_keep=0)
-    inputs = batch_of([sample(family, *s, seed=i) for i, s in enumerate(SIDES)], "right")
+    inputs = three(family, "right")
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     labels[:, :4] = -100
     out = run(model, extractor, inputs, labels=labels)
@@ -264,11 +271,32 @@ def test_the_loss_is_that_of_the_kept_tokens_own_targets(family):
     torch.testing.assert_close(out.loss, (total / count).to(out.loss.dtype))
 
 
+def test_lyra_drops_speech_and_leaves_the_loss_to_its_language_model():
+    torch.manual_seed(0)
+    config = lyra_model.LyraConfig(
+        transformers.LlamaConfig(**TEXT),
+        transformers.WhisperConfig(d_model=24, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=24),
+        speech_token_id=AUDIO,
+        projector_hidden_size=16,
+    )
+    model = lyra_model.LyraForConditionalGeneration(config).eval()
+    ids = torch.tensor([[5, 6, *[AUDIO] * 10, 7, 8, 9, 10]])
+    labels = ids.masked_fill(ids == AUDIO, -100)
+    with torch.no_grad():
+        whole = model(input_ids=ids, labels=labels).loss
+        extractor = apply_token_extractor(model, keep={2: 0.0}, min_keep=0)
+        out = model(input_ids=ids, labels=labels)
+        want = out.logits[0, [0, 2, 3, 4]].log_softmax(-1)[range(4), [6, 8, 9, 10]].mean().neg()
+        torch.testing.assert_close(out.loss, want)
+        extractor.remove()
+        assert torch.equal(model(input_ids=ids, labels=labels).loss, whole)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_changes_no_gradient(family, reentrant):
     model = tiny(family)
     extractor = apply_token_extractor(model, blocks=3, keep=0.5, min_keep=0)
-    inputs = batch_of([sample(family, *s, seed=i) for i, s in enumerate(SIDES)], "left")
+    inputs = three(family, "left")
     labels = inputs["input_ids"].masked_fill(modality_of(inputs) | (inputs["attention_mask"] == 0), -100)
 
     def gradients():
@@ -287,10 +315,34 @@ def test_checkpointing_changes_no_gradient(family, reentrant):
         assert torch.equal(got[name], want[name]), name
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_two_forwards_before_one_backward(reentrant):
+    """Each recomputation drops what its own forward dropped."""
+    model = tiny("llama")
+    extractor = apply_token_extractor(model, blocks=3, keep=0.5, min_keep=0)
+    batches = [three("llama", "left"), sample("llama", 14, 6, seed=8)]
+
+    def gradients():
+        model.zero_grad()
+        total = 0
+        for inputs in batches:
+            labels = inputs["input_ids"].masked_fill(modality_of(inputs) | (inputs["attention_mask"] == 0), -100)
+            with extractor.modality(modality_of(inputs)):
+                total = total + model(**inputs, labels=labels, use_cache=False).loss
+        total.backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    model.train()
+    want = gradients()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    for ours, theirs in zip(gradients(), want):
+        assert torch.equal(ours, theirs)
+
+
 def test_a_cache_made_by_a_plain_forward_is_continued():
     model = tiny("llama")
     extractor = apply_token_extractor(model, blocks=3, keep=0.5, min_keep=0)
-    inputs = batch_of([sample("llama", *s, seed=i) for i, s in enumerate(SIDES)], "left")
+    inputs = three("llama", "left")
     with extractor.modality(modality_of(inputs)):
         want = model.generate(**inputs, max_new_tokens=2, do_sample=False)[:, -1]
     out = run(model, extractor, inputs, use_cache=True)
@@ -355,24 +407,15 @@ def test_a_failing_layer_leaves_the_attention_registry_clean():
     assert not transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS._local_mapping
 
 
-def test_a_renamed_copy_is_recognised(tmp_path, monkeypatch):
-    """The family's source as a module of another name, as projects that vendor it have it."""
-    source = transformers.models.llama.modeling_llama
-    text = Path(source.__file__).read_text().replace("Llama", "House").replace("from ...", "from transformers.")
-    text = text.replace(
-        "from .configuration_llama import HouseConfig", "from transformers import LlamaConfig as HouseConfig"
-    )
-    (tmp_path / "vendored_house.py").write_text(text)
-    monkeypatch.syspath_prepend(tmp_path)
-    copy = importlib.import_module("vendored_house")
-    original = tiny("llama", "eager")
-    config = original.config
-    model = copy.HouseForCausalLM(config).eval()
-    model.load_state_dict(original.state_dict())
-    inputs = batch_of([sample("llama", *s, seed=i) for i, s in enumerate(SIDES)], "left")
-    want = run(original, apply_token_extractor(original, keep=0.5, min_keep=0), inputs).logits
-    got = run(model, apply_token_extractor(model, keep=0.5, min_keep=0), inputs).logits
-    assert torch.equal(got, want)
+@pytest.mark.parametrize("family", ["llama", "qwen2_vl", "qwen3_vl"])
+def test_a_renamed_copy_is_recognised(family, tmp_path):
+    original = tiny(family, "eager")
+    model = vendored(original, tmp_path)
+    assert type(model).__name__.startswith("House")
+    inputs = three(family, "left", model.dtype)
+    want = run(original, apply_token_extractor(original, blocks=3, keep=0.5, min_keep=0), inputs).logits
+    got = run(model, apply_token_extractor(model, blocks=3, keep=0.5, min_keep=0), inputs).logits
+    assert got.shape[1] < inputs["input_ids"].shape[1] and torch.equal(got, want)
 
 
 def test_what_it_cannot_serve_it_refuses():
@@ -383,9 +426,16 @@ def test_what_it_cannot_serve_it_refuses():
     )
     with pytest.raises(ValueError, match="sliding_attention"):
         apply_token_extractor(sliding)
-    deepstack = transformers.Qwen3VLTextConfig(**TEXT, head_dim=8, rope_parameters=MROPE)
+    hybrid = transformers.AutoConfig.for_model("qwen3_next", **TEXT, head_dim=8)
+    with pytest.raises(ValueError, match="linear"):
+        apply_token_extractor(AutoModelForCausalLM.from_config(hybrid))
     with pytest.raises(ValueError, match="DeepStack"):
-        apply_token_extractor(transformers.Qwen3VLTextModel(deepstack))
+        apply_token_extractor(tiny("qwen3_vl"), keep={0: 0.5})
+    text = transformers.Qwen3VLTextModel(transformers.Qwen3VLTextConfig(**TEXT, head_dim=8, rope_parameters=MROPE))
+    alone = apply_token_extractor(text, keep={0: 0.5})
+    deep = {"visual_pos_masks": torch.ones(1, 4).bool(), "deepstack_visual_embeds": [torch.zeros(4, 32)]}
+    with pytest.raises(ValueError, match="layer 0"), alone.modality(torch.ones(1, 4).bool()):
+        text(inputs_embeds=torch.zeros(1, 4, 32), **deep)
     model = tiny("llama")
     for keep, error in (("0.7", TypeError), (1.5, ValueError), ([0.5], ValueError), ({5: 0.5}, ValueError)):
         with pytest.raises(error, match="keep"):
@@ -402,3 +452,35 @@ def test_what_it_cannot_serve_it_refuses():
         model.generate(**inputs, max_new_tokens=2, cache_implementation="static")
     with pytest.raises(ValueError, match="attention_mask"), extractor.modality(modality_of(inputs)):
         model(inputs["input_ids"], attention_mask=torch.ones(1, 1, 25, 25))
+    with (
+        pytest.raises(ValueError, match="query"),
+        extractor.modality(modality_of(inputs), query=torch.ones(1, 3).bool()),
+    ):
+        model(**inputs)
+    packed = torch.cat([torch.arange(12), torch.arange(13)])[None]
+    with pytest.raises(ValueError, match="packed"), extractor.modality(modality_of(inputs)):
+        model(inputs["input_ids"], position_ids=packed)
+    with pytest.raises(ValueError, match="PagedAttentionCache"), extractor.modality(modality_of(inputs)):
+        model(inputs["input_ids"], cache=object.__new__(PagedAttentionCache))
+    model.set_attn_implementation("paged|eager")
+    with pytest.raises(ValueError, match="paged"), extractor.modality(modality_of(inputs)):
+        model(**inputs)
+    with pytest.raises(ValueError, match="paged"):
+        apply_token_extractor(model)
+
+
+def test_layers_that_cannot_drop_early_are_named():
+    model = tiny("llama")
+    del model.model.layers[1].mlp
+    with pytest.raises(ValueError, match=r"layer 1 \(LlamaDecoderLayer\) has no mlp; use early=False"):
+        apply_token_extractor(model, keep={1: 0.5})
+    apply_token_extractor(model, keep={1: 0.5}, early=False)
+
+    model = tiny("llama")
+    layer = model.model.layers[1]
+    layer.forward = lambda x, **kwargs: (
+        x + layer.self_attn(x, kwargs["position_embeddings"], kwargs["attention_mask"])[0]
+    )
+    extractor = apply_token_extractor(model, keep={1: 0.5}, min_keep=0)
+    with pytest.raises(RuntimeError, match="early=False"):
+        run(model, extractor, sample("llama", 8, 5, seed=0))

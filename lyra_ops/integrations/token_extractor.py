@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import sys
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -24,10 +24,12 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lyra_ops._checks import check_tensor
+from lyra_ops.integrations._decoder import check_attention, check_cache, check_early, drop_schedule, find_decoder
 from lyra_ops.token_select import TokenSelection, gather_tokens, select_tokens, token_scores
 
 POLICIES = ("text", "last_row", "random", "uniform")
-_TOKEN_ID_NAMES = [f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index")]
+_DROP = "token_drop"  # the argument by which a drop reaches the inside of its layer
+_TOKEN_ID_NAMES = [f"{kind}_token_{end}" for kind in ("image", "video", "audio", "speech") for end in ("id", "index")]
 
 
 def apply_token_extractor(
@@ -37,6 +39,7 @@ def apply_token_extractor(
     *,
     min_keep: int = 32,
     score: str = "text",
+    early: bool = True,
     modality_token_ids: Sequence[int] | None = None,
     seed: int = 0,
 ) -> TokenExtractor:
@@ -53,6 +56,9 @@ def apply_token_extractor(
                         text, and without text from the last token. "last_row": from the prompt's last token (FastV's
                         row). Answers are not looked at either, which the published code does: so training keeps what
                         generation keeps. "random", "uniform" (evenly spaced): to compare with.
+    early               the tokens of a drop are left out right behind the attention of the block's last layer, whose
+                        o_proj and mlp see the kept ones alone. Both act on each token by itself, so nothing else
+                        changes. False: left out behind the whole layer, as published.
     modality_token_ids  ids in ``input_ids`` that mark modality tokens; default: those the config names. A model without
                         such ids takes its mask from ``with extractor.modality(mask):``.
     seed                of score="random"
@@ -64,7 +70,16 @@ def apply_token_extractor(
 
     Raises ValueError for models and caches it cannot serve, saying why; TypeError for arguments of the wrong type.
     """
-    return TokenExtractor(model, blocks, keep, min_keep, score, modality_token_ids, seed)
+    return TokenExtractor(model, blocks, keep, min_keep, score, early, modality_token_ids, seed)
+
+
+@dataclass
+class _Drop:
+    """What one layer drops in one forward, for that forward's recomputation under gradient checkpointing, too."""
+
+    selection: TokenSelection | None = None  # None: all stay
+    decided: bool = False
+    inside: bool = False  # it has reached the inside of the layer
 
 
 @dataclass
@@ -91,53 +106,64 @@ class _Prompt:
 class TokenExtractor:
     """A patched model; see `apply_token_extractor`."""
 
-    def __init__(self, model, blocks, keep, min_keep, score, modality_token_ids, seed) -> None:
+    def __init__(self, model, blocks, keep, min_keep, score, early, modality_token_ids, seed) -> None:
         self.model = model
-        self.text_model = _text_model(model)
-        self.shares = _shares(len(self.text_model.layers), blocks, keep)
+        self.text_model = find_decoder(model)
+        layers = self.text_model.layers
+        self.shares = drop_schedule(model, len(layers), blocks, keep)
         if score not in POLICIES:
             raise ValueError(f"score: got {score!r}, expected one of {', '.join(POLICIES)}")
-        self.min_keep, self.score, self.seed = min_keep, score, seed
+        self.min_keep, self.score, self.early, self.seed = min_keep, score, early, seed
         ids = [getattr(model.config, name, None) for name in _TOKEN_ID_NAMES]
         self.modality_token_ids = (
             [i for i in ids if i is not None] if modality_token_ids is None else modality_token_ids
         )
-        self._given: Tensor | None = None
+        self._given: tuple[Tensor | None, Tensor | None] = (None, None)
         self._inputs: dict[str, object] = {}
         self._prompt: _Prompt | None = None
         self._prompts: weakref.WeakKeyDictionary[Cache, _Prompt] = weakref.WeakKeyDictionary()
         self._decoding = False
-        self._captured: tuple[Tensor, Tensor] | None = None
-        self._restore_attention = None
-        self._signature = inspect.signature(type(model).forward)
+        self._drop = _Drop()  # of the layer that runs
+        self._restore_attention: Callable[[], None] | None = None
 
         self._handles = [
             model.register_forward_pre_hook(self._on_model, with_kwargs=True),
+            model.register_forward_hook(self._after_model, always_call=True),
             self.text_model.register_forward_pre_hook(self._on_text_model, with_kwargs=True),
             self.text_model.register_forward_hook(self._after_text_model),
         ]
-        # Hooks stand outside gradient checkpointing, so the recomputation of a layer neither scores nor drops again.
-        for i, layer in enumerate(self.text_model.layers):
+        # Hooks of a layer stand outside gradient checkpointing, those of its parts inside. So its recomputation does
+        # not score again; what was dropped reaches it as the keyword argument that the first run had.
+        for i, layer in enumerate(layers):
             stage = sum(i > drop for drop in self.shares)
             if stage:
                 self._handles.append(layer.register_forward_pre_hook(self._on_layer(stage), with_kwargs=True))
             if i in self.shares:
-                self._handles.append(layer.register_forward_pre_hook(self._before_drop(layer), with_kwargs=True))
+                self._handles.append(layer.register_forward_pre_hook(self._before_drop(i, layer), with_kwargs=True))
                 self._handles.append(layer.register_forward_hook(self._after_drop(i), with_kwargs=True))
                 self._handles.append(layer.register_forward_hook(self._release, always_call=True))
-        self._own_loss = model.__dict__.get("_loss_function")
-        loss_function = model.loss_function
-        model.loss_function = lambda *args, **kwargs: self._loss(loss_function, *args, **kwargs)
+                if early:
+                    check_early(i, layer)
+                    self._handles += _drop_inside(layer)
+        self._own_losses = [
+            (part, part.__dict__.get("_loss_function"))
+            for part in model.modules()
+            if hasattr(part, "loss_function") and any(inner is self.text_model for inner in part.modules())
+        ]
+        for part, _ in self._own_losses:
+            part.loss_function = self._on_kept_tokens(part.loss_function)
 
     def remove(self) -> None:
         """The model as it was before."""
         for handle in self._handles:
             handle.remove()
-        if self._own_loss is None:
-            self.model.__dict__.pop("_loss_function", None)
-        else:
-            self.model.loss_function = self._own_loss
         self._handles.clear()
+        for part, own in self._own_losses:
+            if own is None:
+                part.__dict__.pop("_loss_function", None)
+            else:
+                part.loss_function = own
+        self._own_losses.clear()
         self._prompt = None
 
     @property
@@ -148,28 +174,37 @@ class TokenExtractor:
         return self._prompt.positions
 
     @contextmanager
-    def modality(self, mask: Tensor) -> Iterator[None]:
-        """Within it, prompts take ``mask`` (B, L) bool, True for modality tokens, in place of token ids."""
-        check_tensor("mask", mask, shape=("B", "L"), dtypes=(torch.bool,))
-        self._given = mask
+    def modality(self, mask: Tensor | None = None, *, query: Tensor | None = None) -> Iterator[None]:
+        """Within it, prompts take these masks, (B, L) bool, in place of what is found by token ids.
+
+        mask   True for modality tokens: those that may be dropped
+        query  True for the tokens that ask, such as those of a spoken instruction; they are looked from (in place of
+               the text), and always kept
+        """
+        for name, given in (("mask", mask), ("query", query)):
+            if given is not None:
+                check_tensor(name, given, shape=("B", "L"), dtypes=(torch.bool,))
+        self._given = (mask, query)
         try:
             yield
         finally:
-            self._given = None
+            self._given = (None, None)
 
     def _on_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self._inputs = self._signature.bind(module, *args, **kwargs).arguments
+        self._inputs = _named(module, args, kwargs)
+
+    def _after_model(self, *_: object) -> None:
+        self._inputs = {}
 
     def _on_text_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        inputs = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
+        inputs = _named(module, args, kwargs)
         tokens = inputs.get("inputs_embeds")
         tokens = inputs.get("input_ids") if tokens is None else tokens
-        mask = inputs.get("attention_mask")
+        mask, cache = inputs.get("attention_mask"), _cache(inputs)
+        check_attention(module)
+        check_cache(cache)
         if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
             raise ValueError("attention_mask: got a prepared mask, expected (B, L) or None: it is rebuilt per layer")
-        cache = _cache(inputs.get("kwargs", {}) | inputs)
-        if cache is not None and any(layer.is_compileable for layer in getattr(cache, "layers", [])):
-            raise ValueError("cache: got a static cache; its layers share one length, dropping needs a DynamicCache")
         batch, length = tokens.shape[:2]
         self._decoding = cache is not None and cache.get_seq_length() > 0
         if self._decoding:
@@ -177,6 +212,13 @@ class TokenExtractor:
             if self._prompt is not None:
                 self._extend(mask, batch, length, cache, tokens)
             return
+        first, deep = min(self.shares, default=length), len(inputs.get("deepstack_visual_embeds") or ())
+        if first < deep:
+            raise ValueError(
+                f"keep: got a drop after layer {first}, but image features are added up to layer {deep - 1}"
+            )
+        if mask is None and _packed(inputs.get("position_ids")):
+            raise ValueError("position_ids: got packed sequences, expected one sequence per row")
         real = torch.ones(batch, length, dtype=torch.bool, device=tokens.device) if mask is None else mask.bool()
         self._prompt = self._begin(real)
 
@@ -187,22 +229,21 @@ class TokenExtractor:
 
     def _begin(self, real: Tensor) -> _Prompt:
         ids, labels = self._inputs.get("input_ids"), self._inputs.get("labels")
-        if self._given is not None:
-            modality = self._given
-            # generate repeats a prompt for each of its beams or returned sequences
-            if real.shape[0] % modality.shape[0] == 0:
-                modality = modality.repeat_interleave(real.shape[0] // modality.shape[0], dim=0)
-            check_tensor("mask", modality, shape=tuple(real.shape), device=real.device)
-        elif ids is None or not self.modality_token_ids:
-            raise ValueError("modality tokens: no ids to find them by; run inside `with extractor.modality(mask):`")
-        else:
+        modality, asks = (self._fit(name, given, real) for name, given in zip(("mask", "query"), self._given))
+        if modality is None:
+            if ids is None or not self.modality_token_ids:
+                raise ValueError("modality tokens: no ids to find them by; run inside `with extractor.modality(mask):`")
             modality = torch.isin(ids, torch.tensor(self.modality_token_ids, device=ids.device))
+        if asks is not None:
+            modality = modality & ~asks
         modality = modality & real
         prompt = real if labels is None else real & (labels == -100)
         prompt = torch.where(prompt.any(1, keepdim=True), prompt, real)
         text = prompt & ~modality
         last = prompt & (prompt.flip(1).cumsum(1).flip(1) == 1)
         query = last if self.score == "last_row" else text & (modality.cumsum(1) > 0)
+        if asks is not None:
+            query = asks & real
         for fallback in (text, last):
             query = torch.where(query.any(1, keepdim=True), query, fallback)
         positions = torch.arange(real.shape[1], device=real.device).expand(real.shape).masked_fill(~real, -1)
@@ -211,6 +252,14 @@ class TokenExtractor:
         else:
             targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         return _Prompt(modality, query, prompt, real, positions, targets, [_Stage(real)])
+
+    def _fit(self, name: str, given: Tensor | None, real: Tensor) -> Tensor | None:
+        """generate repeats a prompt for each of its beams or returned sequences."""
+        if given is None:
+            return None
+        if real.shape[0] % given.shape[0] == 0:
+            given = given.repeat_interleave(real.shape[0] // given.shape[0], dim=0)
+        return check_tensor(name, given, shape=tuple(real.shape), device=real.device)
 
     def _extend(self, mask: Tensor | None, batch: int, length: int, cache: Cache, tokens: Tensor) -> None:
         """The masks of a forward on top of a cache: what each stage kept, and the new tokens."""
@@ -253,96 +302,151 @@ class TokenExtractor:
 
         return hook
 
-    def _before_drop(self, layer: nn.Module):
-        """Lends the attention registry a function that notes queries and keys, for this layer's forward alone."""
-
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            if self._prompt is None or self._decoding or self.score in ("random", "uniform"):
-                return
-            name = self.text_model.config._attn_implementation
-            own = ALL_ATTENTION_FUNCTIONS._local_mapping.get(name)
-            eager = getattr(sys.modules[type(layer.self_attn).__module__], "eager_attention_forward", None)
-            attention = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
-
-            def noting(module: nn.Module, query: Tensor, key: Tensor, *args, **kwargs):
-                if module is layer.self_attn:
-                    self._captured = query.detach(), key.detach()
-                return attention(module, query, key, *args, **kwargs)
-
-            def restore() -> None:
-                if own is None:
-                    del ALL_ATTENTION_FUNCTIONS[name]
-                else:
-                    ALL_ATTENTION_FUNCTIONS[name] = own
-
-            ALL_ATTENTION_FUNCTIONS[name] = noting
-            self._restore_attention = restore
+    def _before_drop(self, i: int, layer: nn.Module):
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+            if self._prompt is None or self._decoding:
+                return None
+            self._drop = _Drop()
+            if self.score in ("random", "uniform"):
+                self._decide(i, self._blind_scores(i))
+            else:
+                self._watch(i, layer.self_attn)
+            return (args, kwargs | {_DROP: self._drop}) if self.early else None
 
         return hook
+
+    def _watch(self, i: int, watched: nn.Module) -> None:
+        """Lends the attention registry a function that scores queries and keys, for this layer's forward alone."""
+        name = self.text_model.config._attn_implementation
+        own = ALL_ATTENTION_FUNCTIONS._local_mapping.get(name)
+        eager = getattr(sys.modules[type(watched).__module__], "eager_attention_forward", None)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+
+        def scoring(module: nn.Module, query: Tensor, key: Tensor, *args, **kwargs):
+            if module is watched:
+                self._decide(i, self._scores(query.detach(), key.detach(), kwargs.get("scaling")))
+            return attention(module, query, key, *args, **kwargs)
+
+        def restore() -> None:
+            if own is None:
+                del ALL_ATTENTION_FUNCTIONS[name]
+            else:
+                ALL_ATTENTION_FUNCTIONS[name] = own
+
+        ALL_ATTENTION_FUNCTIONS[name] = scoring
+        self._restore_attention = restore
 
     def _release(self, *_: object) -> None:
         if self._restore_attention is not None:
             self._restore_attention()
             self._restore_attention = None
-        self._captured = None
+        self._drop = _Drop()
 
     def _after_drop(self, i: int):
         def hook(layer: nn.Module, args: tuple, kwargs: dict, hidden: Tensor) -> Tensor | None:
-            prompt = self._prompt
-            if prompt is None or self._decoding:
+            if self._prompt is None or self._decoding:
                 return None
-            scores = self._scores(i, prompt)
-            selection = select_tokens(
-                scores, prompt.modality, keep=self.shares[i], min_keep=self.min_keep, key_mask=prompt.real
-            )
-            if torch.equal(selection.mask, prompt.real):
-                prompt.stages.append(replace(prompt.stages[-1]))
-                return None
-            selection = _padded_left(selection)
-            cos, sin = (_per_sample(x, hidden) for x in kwargs["position_embeddings"])
-            position_ids = kwargs.get("position_ids")
-            hidden, cos, sin = gather_tokens(selection, hidden, cos, sin)
-            fills = {"modality": 0, "query": 0, "keys": 0, "real": 0, "positions": -1, "targets": -100}
-            kept = gather_tokens(selection, *(getattr(prompt, name) for name in fills), fill=list(fills.values()))
-            for name, tensor in zip(fills, kept):
-                setattr(prompt, name, tensor)
-            if position_ids is not None:
-                (position_ids,) = gather_tokens(selection, position_ids.expand(*position_ids.shape[:-2], *scores.shape))
-            mask = self._attention_mask(prompt.real, hidden.shape[1], hidden)
-            prompt.stages.append(
-                _Stage(
-                    prompt.real,
-                    {"attention_mask": mask, "position_embeddings": (cos, sin), "position_ids": position_ids},
+            if not self._drop.decided:
+                raise RuntimeError(
+                    f"layer {i}: its attention did not go through transformers' attention registry; was it replaced?"
                 )
-            )
-            return hidden
+            if self.early and not self._drop.inside:
+                raise RuntimeError(f"layer {i}: hands no keyword arguments to its attention; use early=False")
+            if self._drop.selection is None:
+                self._prompt.stages.append(replace(self._prompt.stages[-1]))
+                return None
+            return self._leave_out(self._drop.selection, hidden, kwargs)
 
         return hook
 
-    def _scores(self, i: int, prompt: _Prompt) -> Tensor:
+    def _decide(self, i: int, scores: Tensor) -> None:
+        prompt = self._prompt
+        selection = select_tokens(
+            scores, prompt.modality, keep=self.shares[i], min_keep=self.min_keep, key_mask=prompt.real
+        )
+        self._drop.decided = True
+        if not torch.equal(selection.mask, prompt.real):
+            self._drop.selection = _padded_left(selection)
+
+    def _leave_out(self, selection: TokenSelection, hidden: Tensor, kwargs: dict) -> Tensor:
+        """The kept rows of the layer's output; later layers get the kept rows of all else."""
+        prompt, batch = self._prompt, hidden.shape[0]
+        cos, sin = (x.expand(batch, -1, -1) for x in kwargs["position_embeddings"])
+        hidden, cos, sin = gather_tokens(selection, hidden, cos, sin)
+        position_ids = kwargs.get("position_ids")
+        if position_ids is not None:
+            (position_ids,) = gather_tokens(selection, position_ids.expand(batch, -1))
+        fills = {"modality": 0, "query": 0, "keys": 0, "real": 0, "positions": -1, "targets": -100}
+        kept = gather_tokens(selection, *(getattr(prompt, name) for name in fills), fill=list(fills.values()))
+        for name, tensor in zip(fills, kept):
+            setattr(prompt, name, tensor)
+        arguments = {
+            "attention_mask": self._attention_mask(prompt.real, hidden.shape[1], hidden),
+            "position_embeddings": (cos, sin),
+            "position_ids": position_ids,
+        }
+        prompt.stages.append(_Stage(prompt.real, arguments))
+        return hidden
+
+    def _scores(self, query: Tensor, key: Tensor, scale: float | None) -> Tensor:
+        prompt = self._prompt
+        rows = int(prompt.query.sum(1).max())
+        order = prompt.query.int().argsort(dim=1, descending=True, stable=True)[:, :rows]
+        query = query.gather(2, order[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
+        asking = prompt.query.gather(1, order)
+        return token_scores(query, key, query_mask=asking, key_mask=prompt.keys, scale=scale)
+
+    def _blind_scores(self, i: int) -> Tensor:
+        """Those that look at no token: random, or 1 for evenly spaced ones."""
+        prompt = self._prompt
         rank = (prompt.modality.cumsum(1) - 1).clamp(min=0)
         if self.score == "random":
             draw = torch.rand(prompt.real.shape[1], generator=torch.Generator().manual_seed(self.seed + i))
             return draw.to(rank.device)[rank]
-        if self.score == "uniform":
-            n = prompt.modality.sum(1, keepdim=True).double()
-            k = (self.shares[i] * n).floor().clamp(min=self.min_keep).minimum(n)
-            n = n.clamp(min=1)
-            return (((rank + 1) * k / n).floor() > (rank * k / n).floor()).float()
-        if self._captured is None:
-            raise RuntimeError(
-                f"layer {i}: its attention did not go through transformers' attention registry; was it replaced?"
-            )
-        query, key = self._captured
-        rows = int(prompt.query.sum(1).max())
-        order = prompt.query.int().argsort(dim=1, descending=True, stable=True)[:, :rows]
-        query = query.gather(2, order[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
-        return token_scores(query, key, query_mask=prompt.query.gather(1, order), key_mask=prompt.keys)
+        n = prompt.modality.sum(1, keepdim=True).double()
+        k = (self.shares[i] * n).floor().clamp(min=self.min_keep).minimum(n)
+        n = n.clamp(min=1)
+        return (((rank + 1) * k / n).floor() > (rank * k / n).floor()).float()
 
-    def _loss(self, loss_function, *args, logits: Tensor, labels: Tensor, **kwargs) -> Tensor:
-        if self._prompt is not None:
-            kwargs["shift_labels"] = self._prompt.targets[:, -logits.shape[1] :].contiguous()
-        return loss_function(*args, logits=logits, labels=labels, **kwargs)
+    def _on_kept_tokens(self, loss_function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def loss(*args, logits: Tensor, labels: Tensor, **kwargs) -> Tensor:
+            if self._prompt is not None:
+                kwargs["shift_labels"] = self._prompt.targets[:, -logits.shape[1] :].contiguous()
+            return loss_function(*args, logits=logits, labels=labels, **kwargs)
+
+        return loss
+
+
+def _drop_inside(layer: nn.Module) -> list:
+    """Hooks by which a drop reaches o_proj and mlp: they get the kept tokens; zeros come out for the others."""
+    now = [_Drop()]
+
+    def receive(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        now[0] = kwargs.pop(_DROP, _Drop())
+        now[0].inside = True
+        return args, kwargs
+
+    def keep(module: nn.Module, args: tuple) -> tuple | None:
+        selection = now[0].selection
+        return None if selection is None else (*gather_tokens(selection, args[0]), *args[1:])
+
+    def put_back(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        selection = now[0].selection
+        if selection is None:
+            return None
+        back = TokenSelection(selection.inverse, selection.lengths, selection.index)
+        return gather_tokens(back, output)[0]
+
+    handles = [layer.self_attn.register_forward_pre_hook(receive, with_kwargs=True)]
+    for part in (layer.self_attn.o_proj, layer.mlp):
+        handles += [part.register_forward_pre_hook(keep), part.register_forward_hook(put_back)]
+    return handles
+
+
+def _named(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, object]:
+    """All arguments of a call of ``forward`` by name."""
+    named = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
+    return named.get("kwargs", {}) | named
 
 
 def _cache(named: Mapping[str, object]) -> Cache | None:
@@ -350,58 +454,11 @@ def _cache(named: Mapping[str, object]) -> Cache | None:
     return next((named[name] for name in ("cache", "past_key_values") if named.get(name) is not None), None)
 
 
-def _text_model(model: nn.Module) -> nn.Module:
-    """The decoder of a model, recognised by its parts, so that renamed copies of a family count as that family."""
-    parts = ("embed_tokens", "layers", "norm", "rotary_emb")
-    found = [module for module in model.modules() if all(hasattr(module, part) for part in parts)]
-    if len(found) != 1:
-        raise ValueError(
-            f"model: found {len(found)} text decoders in {type(model).__name__}, expected one module with "
-            f"{', '.join(parts)}; pass the part that holds it"
-        )
-    (text,) = found
-    if hasattr(text, "_deepstack_process"):
-        raise ValueError("model: its first layers add image features by place (DeepStack), which drops do not follow")
-    for i, layer in enumerate(text.layers):
-        if not all(hasattr(getattr(layer, "self_attn", None), part) for part in ("q_proj", "k_proj", "layer_idx")):
-            raise ValueError(
-                f"model: layer {i} ({type(layer).__name__}) has no full attention; "
-                "a recurrent or linear-attention layer would mix dropped tokens into its state"
-            )
-    kinds = set(getattr(text.config, "layer_types", None) or []) - {"full_attention"}
-    if kinds:
-        raise ValueError(f"model: got layers of {', '.join(sorted(kinds))}, expected full attention in every layer")
-    name = text.config._attn_implementation
-    home = sys.modules[type(text.layers[0].self_attn).__module__]
-    if name == "eager" and not hasattr(home, "eager_attention_forward"):
-        raise ValueError("model: its module has no eager_attention_forward, so its scores cannot be seen; use sdpa")
-    if name not in ALL_MASK_ATTENTION_FUNCTIONS or name.startswith("paged"):
-        raise ValueError(f"model: attention {name!r} has no mask function, so padding could not be masked after a drop")
-    return text
-
-
-def _shares(layers: int, blocks: int, keep: float | Sequence[float] | Mapping[int, float]) -> dict[int, float]:
-    """{layer: share} in the order of the layers."""
-    if isinstance(keep, Mapping):
-        shares = dict(sorted(keep.items()))
-    else:
-        if isinstance(blocks, bool) or not isinstance(blocks, int):
-            raise TypeError(f"blocks: got {type(blocks).__name__}, expected an int")
-        if not 1 <= blocks <= layers:
-            raise ValueError(f"blocks: got {blocks}, expected 1 to the {layers} layers of the model")
-        ends = [layers * b // blocks - 1 for b in range(1, blocks)]
-        values = list(keep) if isinstance(keep, Sequence) else [keep] * len(ends)
-        if len(values) != len(ends):
-            raise ValueError(f"keep: got {len(values)} shares, expected one for each of {len(ends)} drops")
-        shares = dict(zip(ends, values))
-    for layer, share in shares.items():
-        if not 0 <= layer < layers - 1:
-            raise ValueError(f"keep: got layer {layer}, expected 0 to {layers - 2}: nothing follows the last layer")
-        if isinstance(share, bool) or not isinstance(share, (float, int)):
-            raise TypeError(f"keep: got {type(share).__name__}, expected a share from 0 to 1")
-        if not 0 <= share <= 1:
-            raise ValueError(f"keep: got {share}, expected a share from 0 to 1")
-    return {layer: float(share) for layer, share in shares.items()}
+def _packed(position_ids: Tensor | None) -> bool:
+    """Whether places start anew within a row. Multi-axis ids tell it by a text plane before the other three."""
+    if position_ids is not None and position_ids.ndim == 3:
+        position_ids = position_ids[0] if position_ids.shape[0] == 4 else None
+    return position_ids is not None and bool((position_ids.diff(dim=-1) < 0).any())
 
 
 def _padded_left(selection: TokenSelection) -> TokenSelection:
@@ -411,8 +468,3 @@ def _padded_left(selection: TokenSelection) -> TokenSelection:
     place = torch.arange(index.shape[1], device=index.device) - shift
     index = index.gather(1, place.clamp(min=0)).masked_fill(place < 0, -1)
     return TokenSelection(index, lengths, torch.where(inverse < 0, inverse, inverse + shift))
-
-
-def _per_sample(x: Tensor, hidden: Tensor) -> Tensor:
-    """cos or sin (1 or B, L, D) as (B, L, D)."""
-    return x.expand(hidden.shape[0], -1, -1)
