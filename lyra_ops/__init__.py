@@ -2,7 +2,7 @@
 
 from lyra_ops import nn
 from lyra_ops._backend import backend_of
-from lyra_ops.multi_lora import LoraBank, LoraRouting, multi_lora_linear
+from lyra_ops.multi_lora import LoraBank, LoraRouting, multi_lora_linear, multi_lora_linears
 from lyra_ops.soft_dtw import dtw_path, soft_dtw, soft_dtw_alignment, soft_dtw_from_cost
 from lyra_ops.soft_dtw.losses import SoftDTW, SoftDTWLoss, soft_dtw_divergence
 from lyra_ops.soft_dtw.packed import soft_dtw_alignment_packed, soft_dtw_packed
@@ -20,6 +20,7 @@ __all__ = [
     "dtw_path",
     "gather_tokens",
     "multi_lora_linear",
+    "multi_lora_linears",
     "nn",
     "pair_cost",
     "select_tokens",

@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import lyra_ops
-from lyra_ops import LoraBank, LoraRouting, multi_lora_linear
+from lyra_ops import LoraBank, LoraRouting, multi_lora_linear, multi_lora_linears
+from lyra_ops.multi_lora import cpu, dropout
 from lyra_ops.testing import assert_within_reference_error
 
 Adapters = dict[str, tuple[Tensor, Tensor, float]]
@@ -233,29 +234,179 @@ def test_one_routing_serves_layers_of_other_ranks():
 def test_the_bank_is_packed_without_padding():
     _, _, _, adapters, _ = layer((1, 13, 320), 1)
     bank = LoraBank.pack(adapters)
-    assert bank.a.shape == (334, 24)
-    assert bank.b.shape == (334, 17)
     assert bank.ranks == (1, 13, 320)
     assert bank.names == ("adapter 0", "adapter 1", "adapter 2")
-    assert bank.owner.tolist() == [0] + [1] * 13 + [2] * 320
+    assert all(mine is given for pair, own in zip(bank.adapters, adapters.values()) for mine, given in zip(pair, own))
+    rows = bank.rows(torch.float32)
+    assert rows.a.shape == (334, 24)
+    assert rows.b.shape == (334, 17)
+    assert rows.owner.tolist() == [0] + [1] * 13 + [2] * 320
 
 
 def test_dropout_reaches_the_adapters_alone(backend: str):
     x, weight, bias, adapters, ids = layer((4, 8, 2), 400)
-    plain, base = run(x, weight, bias, adapters, ids, backend=backend), F.linear(x, weight, bias)
+    inputs = leaves(x, weight, bias, adapters)
+    base = F.linear(x, weight, bias)
+    plain = run(x, weight, bias, adapters, ids, backend=backend)
     assert torch.equal(run(x, weight, bias, adapters, ids, dropout_p=0.5, backend=backend), plain)  # not training
     assert torch.equal(run(x, weight, bias, adapters, ids, dropout_p=1.0, training=True, backend=backend), base)
     torch.manual_seed(0)
     got = run(x, weight, bias, adapters, ids, dropout_p=0.25, training=True, backend=backend)
     assert torch.equal(got[ids == -1], base[ids == -1])
     torch.manual_seed(0)
-    dropped = F.dropout(x, 0.25)
-    exact = formula(dropped, weight, bias, adapters, ids) - formula(
-        dropped - x, weight, torch.zeros(17), {}, ids * 0 - 1
-    )
-    assert_within_reference_error(
-        got, run(dropped, weight, bias, adapters, ids, backend=backend) - F.linear(dropped - x, weight), exact
-    )
+    dropped = x * dropout.kept(dropout.new_seed(x.device), 1 << 14, *x.shape) / 0.75
+    want = each_adapter_and_mask(dropped, weight, bias, adapters, ids) + F.linear(x - dropped, weight)
+    torch.testing.assert_close(got, want)
+    upstream = torch.randn_like(got)
+    torch.testing.assert_close(*(torch.autograd.grad(y, inputs, upstream) for y in (got, want)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_dropout_mask(dtype: torch.dtype):
+    """Of the compiled kernel and of plain torch: Philox4x32-10, the same wherever the element lies."""
+
+    def number(row: int, column: int, seed: int) -> int:
+        """The 16 bits of an element: the largest probability at which it is kept."""
+        key, low, high = torch.tensor([seed]), 0, 1 << 16
+        while high - low > 1:
+            middle = (low + high) // 2
+            kept = dropout.kept(key, middle, 1, column + 1, first=row)[0, column]
+            low, high = (middle, high) if kept else (low, middle)
+        return (low - (1 << 15)) & 0xFFFF
+
+    # The first known answer of Random123, https://github.com/DEShawResearch/random123, tests/kat_vectors.
+    words = [number(0, 2 * i, 0) | number(0, 2 * i + 1, 0) << 16 for i in range(4)]
+    assert words == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+
+    x, seed = torch.randn(300, 1003).to(dtype), torch.tensor([(1 << 61) + 12345])
+    kept = dropout.kept(seed, 6554, *x.shape)
+    assert torch.equal(dropout.kept(seed, 6554, 100, 1003, first=200), kept[200:])
+    assert torch.equal(cpu.drop_out(x, seed, 6554), torch.where(kept, x, 0))
+    assert torch.equal(cpu.drop_out(x.T, seed, 6554), dropout.drop_out(x.T, seed, 6554))
+    deviation = (0.1 * 0.9 / kept.numel()) ** 0.5
+    assert abs((~kept).double().mean() - 0.1) < 5 * deviation
+    again = dropout.kept(seed + 1, 6554, *x.shape)
+    assert abs((kept & again).double().mean() - 0.81) < 5 * (0.81 * 0.19 / kept.numel()) ** 0.5
+
+
+def test_dropout_keeps_no_mask(backend: str):
+    x, weight, bias, adapters, ids = layer((4, 8), 200, inputs=256, dtype=torch.float32)
+    leaves(x, weight, bias, adapters)
+    saved: dict[int, int] = {}
+
+    def save(t: Tensor) -> Tensor:
+        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    sizes = []
+    for p in (0.0, 0.5):
+        saved.clear()
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda t: t):
+            y = run(x, weight, bias, adapters, ids, dropout_p=p, training=True, backend=backend)
+        sizes.append(sum(saved.values()))
+        del y
+    assert sizes[1] - sizes[0] < x.numel()  # less than a byte per element
+
+
+def sum_of_formulas(x, weight, bias, adapters, ids: Tensor, weights: Tensor) -> Tensor:
+    """One adapter after the other, in float64: differentiable in everything."""
+    y = F.linear(x, weight, bias)
+    for mine, w in zip(ids.T, weights.T):
+        for e, (a, b, scaling) in enumerate(adapters.values()):
+            y = y + ((mine == e) * w)[:, None] * (x @ a.T @ b.T * scaling)
+    return y
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [0, 1, 70])
+def test_several_weighted_adapters_per_token(tokens: int, dtype: torch.dtype, backend: str):
+    g = torch.Generator().manual_seed(1)
+    ids = torch.randint(-1, 3, (tokens, 3), generator=g)  # the same adapter twice at times, and the last one never
+    shares = torch.rand(tokens, 3, generator=g, dtype=torch.float64)
+    shares[ids == 2] = 0  # a weight of zero takes an adapter away, but not its weight's gradient
+    upstream = torch.randn(tokens, 17, generator=g, dtype=torch.float64)
+
+    def results(run_in: torch.dtype, function) -> list[Tensor]:
+        x, weight, bias, adapters, _ = layer((3, 8, 5, 4), tokens, dtype=dtype)
+        x, weight, bias = (t.to(run_in) for t in (x, weight, bias))
+        adapters = {name: (a.to(run_in), b.to(run_in), s) for name, (a, b, s) in adapters.items()}
+        inputs = [*leaves(x, weight, bias, adapters), shares.to(run_in).requires_grad_()]
+        y = function(x, weight, bias, adapters, ids, inputs[-1])
+        return [y, *torch.autograd.grad(y, inputs, upstream.to(run_in))]
+
+    def ours(x, weight, bias, adapters, ids, shares) -> Tensor:
+        bank = LoraBank.pack(adapters)
+        return multi_lora_linear(x, weight, bank, LoraRouting(ids, bank, shares), bias, backend=backend)
+
+    for got, plain, exact in zip(
+        results(dtype, ours), results(dtype, sum_of_formulas), results(torch.float64, sum_of_formulas)
+    ):
+        assert_within_reference_error(got, plain, exact)
+
+
+def test_weights_per_sample_and_token():
+    x, weight, bias, adapters, ids = layer((3, 8), 12)
+    bank = LoraBank.pack(adapters)
+    ids, shares = torch.stack([ids, ids * 0 + 1], 1), torch.rand(12, 2)
+    flat = multi_lora_linear(x, weight, bank, LoraRouting(ids, bank, shares), bias)
+    routing = LoraRouting(ids.view(3, 4, 2), bank, shares.view(3, 4, 2))
+    assert torch.equal(multi_lora_linear(x.view(3, 4, 24), weight, bank, routing, bias), flat.view(3, 4, 17))
+    assert torch.equal(multi_lora_linear(x, weight, bank, routing, bias), flat)
+
+
+def test_gradcheck_of_weights(backend: str):
+    x, weight, bias, adapters, ids = layer((2, 1), 4, inputs=5, outputs=3)
+    ids, shares = torch.stack([ids, ids * 0 + 1], 1), torch.rand(4, 2, dtype=torch.float64)
+    inputs = [*leaves(x, weight, bias, adapters), shares.requires_grad_()]
+
+    def function(x: Tensor, weight: Tensor, bias: Tensor, *rest: Tensor) -> Tensor:
+        *ab, shares = rest
+        bank = LoraBank.pack({name: (*ab[2 * e : 2 * e + 2], adapters[name][2]) for e, name in enumerate(adapters)})
+        return multi_lora_linear(x, weight, bank, LoraRouting(ids, bank, shares), bias, backend=backend)
+
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+def test_layers_with_one_input(dropout_p: float, backend: str):
+    x, *_, ids = layer((4, 8, 2), 40)
+    layers = [layer((4, 8, 2), 1, outputs=n, seed=n) for n in (17, 9, 9)]
+    banks = [LoraBank.pack(adapters) for _, _, _, adapters, _ in layers]
+    inputs = [x.requires_grad_(), *(t for made in layers for t in leaves(torch.empty(0), *made[1:4])[1:])]
+    routing, options = LoraRouting(ids, banks[0]), {"dropout_p": dropout_p, "training": True, "backend": backend}
+
+    def each() -> list[Tensor]:
+        ys = []
+        for (_, weight, bias, _, _), bank in zip(layers, banks):
+            torch.manual_seed(0)  # they share one mask
+            ys.append(multi_lora_linear(x, weight, bank, routing, bias, **options))
+        return ys
+
+    torch.manual_seed(0)
+    weights, biases = ([made[k] for made in layers] for k in (1, 2))
+    together = multi_lora_linears(x, weights, banks, routing, biases, **options)
+    assert [y.shape for y in together] == [(40, 17), (40, 9), (40, 9)]
+    upstream = [torch.randn_like(y) for y in together]
+    want = each()
+    for got, y in zip(together, want):
+        torch.testing.assert_close(got, y)
+    for got, y in zip(*(torch.autograd.grad(ys, inputs, upstream) for ys in (together, want))):
+        torch.testing.assert_close(got, y)
+    assert torch.equal(multi_lora_linears(x, weights[1:2], banks[1:2], routing, backend=backend)[0],
+                       multi_lora_linear(x, weights[1], banks[1], routing, backend=backend))  # fmt: skip
+
+
+def test_a_run_more_or_less():
+    """Tokens that lie in runs are multiplied where they lie, others are brought together: the same result."""
+    x, weight, bias, adapters, _ = layer((4, 8, 2), 600)
+    for length in (1, 2, cpu.RUN - 1, cpu.RUN, 100, 600):
+        ids = (torch.arange(600) // length) % 4 - 1
+        inputs = leaves(x, weight, bias, adapters)
+        got, want = (run(x, weight, bias, adapters, ids, backend=backend) for backend in ("cpu", "reference"))
+        torch.testing.assert_close(got, want)
+        upstream = torch.randn_like(got)
+        torch.testing.assert_close(*(torch.autograd.grad(y, inputs, upstream) for y in (got, want)))
 
 
 class LargestFloat32(TorchDispatchMode):
@@ -399,6 +550,13 @@ ROUTING_ERRORS = {
 }
 
 
+ROUTING_ERRORS |= {
+    "weights: got shape (2, 3), expected (2, 3, 1)": (IDS[..., None], BANK, torch.ones(2, 3)),
+    "weights: got dtype int64, expected float64": (IDS[..., None], BANK, IDS[..., None]),
+    "adapter_ids: got shape (6,), expected (T, S)": (IDS.flatten(), BANK, torch.ones(6)),
+}
+
+
 @pytest.mark.parametrize("message", ROUTING_ERRORS)
 def test_routing_errors_name_the_argument(message: str):
     with pytest.raises((ValueError, TypeError), match="^" + re.escape(message)):
@@ -416,11 +574,11 @@ LINEAR_ERRORS = {
     "bias: got shape (4,), expected (3,)": ((X, W, BANK, ROUTING, torch.zeros(4)), {}),
     "bias: got dtype bfloat16, expected float32": ((X, W, BANK, ROUTING, torch.zeros(3).bfloat16()), {}),
     "bank: got dict, expected a LoraBank": ((X, W, {}, ROUTING), {}),
-    "bank.a: got shape (4, 4), expected (R, 5)": ((torch.zeros(2, 3, 5), torch.zeros(3, 5), BANK, ROUTING), {}),
-    "bank.b: got shape (4, 3), expected (R, 7)": ((X, torch.zeros(7, 4), BANK, ROUTING), {}),
+    "bank's A: got shape (2, 4), expected (r, 5)": ((torch.zeros(2, 3, 5), torch.zeros(3, 5), BANK, ROUTING), {}),
+    "bank's B: got shape (3, 2), expected (7, r)": ((X, torch.zeros(7, 4), BANK, ROUTING), {}),
     "routing: got Tensor, expected a LoraRouting": ((X, W, BANK, IDS), {}),
-    "routing: got adapter_ids of shape (2, 3), expected (3, 2) as x has": ((X.transpose(0, 1), W, BANK, ROUTING), {}),
-    "routing: got adapter_ids of shape (2, 3), expected (5,) as x has": ((torch.zeros(5, 4), W, BANK, ROUTING), {}),
+    "routing: got adapter_ids for tokens (2, 3), expected (3, 2) as x has": ((X.transpose(0, 1), W, BANK, ROUTING), {}),
+    "routing: got adapter_ids for tokens (2, 3), expected (5,) as x has": ((torch.zeros(5, 4), W, BANK, ROUTING), {}),
     "routing: got one for the adapters speech, expected the bank's: image, speech": ((X, W, BANK, OTHER), {}),
     "dropout_p: got 1.5, expected 0 to 1": ((X, W, BANK, ROUTING), {"dropout_p": 1.5}),
     "dropout_p: got NoneType, expected a number": ((X, W, BANK, ROUTING), {"dropout_p": None}),
@@ -432,6 +590,22 @@ def test_linear_errors_name_the_argument(message: str):
     arguments, options = LINEAR_ERRORS[message]
     with pytest.raises((ValueError, TypeError), match="^" + re.escape(message)):
         multi_lora_linear(*arguments, **options)
+
+
+LINEARS_ERRORS = {
+    "banks: got 1, expected one for each of the 2 weights": ((X, (W, W), (BANK,), ROUTING), {}),
+    "biases: got 1, expected one for each of the 2 weights": ((X, (W, W), (BANK, BANK), ROUTING, (None,)), {}),
+    "weights: got none, expected at least one": ((X, (), (), ROUTING), {}),
+    "weights[1]: got shape (4, 3), expected (N, 4)": ((X, (W, W.T), (BANK, BANK), ROUTING), {}),
+    "biases[0]: got shape (4,), expected (3,)": ((X, (W,), (BANK,), ROUTING, (torch.zeros(4),)), {}),
+}
+
+
+@pytest.mark.parametrize("message", LINEARS_ERRORS)
+def test_errors_of_layers_with_one_input_name_the_layer(message: str):
+    arguments, options = LINEARS_ERRORS[message]
+    with pytest.raises((ValueError, TypeError), match="^" + re.escape(message)):
+        multi_lora_linears(*arguments, **options)
 
 
 @pytest.mark.gpu

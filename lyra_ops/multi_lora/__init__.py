@@ -3,137 +3,50 @@
 bank = LoraBank.pack({"image": (A_i, B_i, 2.0), "speech": (A_s, B_s, 0.5)})     # one per layer
 routing = LoraRouting(adapter_ids, bank)                                        # one per step, for all layers
 y = multi_lora_linear(x, weight, bank, routing)
+q, k, v = multi_lora_linears(x, (wq, wk, wv), (bank_q, bank_k, bank_v), routing)   # layers with one input
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
 from numbers import Real
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lyra_ops._backend import choose
+from lyra_ops._backend import choose, missing_kernel
 from lyra_ops._checks import FLOAT_DTYPES, INT_DTYPES, check_tensor, readable
-from lyra_ops.multi_lora import cpu, reference
+from lyra_ops.multi_lora import cpu, dropout, fused, plan, reference
+from lyra_ops.multi_lora.bank import BankKeeper, LoraBank
+from lyra_ops.multi_lora.function import Base, Call, linears
 
-MAX_RANK = 512
-
-
-@dataclass(frozen=True, eq=False)
-class LoraBank:
-    """The adapters of one linear layer, row after row without padding to a common rank. Made by `LoraBank.pack`.
-
-    R is the sum of the ranks, E the number of adapters; adapter e is the e-th name.
-
-    a        (R, K)  the A matrices, one below the other
-    b        (R, N)  the transposed B matrices, one below the other
-    owner    (R,) int32: the adapter that each row belongs to
-    scaling  (R,) float32 (float64 for float64 adapters): the scaling of that adapter
-    names    E names; a token's adapter id is a place in this tuple
-    ranks    E ranks
-    scalings E scalings
-
-    The bank holds no parameters: it is made from them, so gradients flow back to each adapter's own A and B wherever
-    these live (peft modules, say), and saving, merging and optimizers know nothing of it. Pack anew after the adapters
-    changed; while they are frozen, pack once.
-    """
-
-    a: Tensor
-    b: Tensor
-    owner: Tensor
-    scaling: Tensor
-    names: tuple[str, ...]
-    ranks: tuple[int, ...]
-    scalings: tuple[float, ...]
-
-    @classmethod
-    def pack(cls, adapters: Mapping[str, tuple[Tensor, Tensor, float]]) -> LoraBank:
-        """Packs {name: (A, B, scaling)} with A (r, K) and B (N, r), as peft keeps lora_A.weight and lora_B.weight.
-
-        Ranks r may differ, 1 to 512; scaling is a number (alpha / r, or alpha / sqrt(r) for rslora). All adapters share
-        K, N, the floating dtype and the device; they may be strided views. Differentiable; no device sync.
-
-        Raises TypeError or ValueError that names the adapter.
-        """
-        if not isinstance(adapters, Mapping):
-            raise TypeError(f"adapters: got {type(adapters).__name__}, expected a dict of name: (A, B, scaling)")
-        if not adapters:
-            raise ValueError("adapters: got none, expected at least one")
-        first = None
-        for name, adapter in adapters.items():
-            checked = _check_adapter(name, adapter, first)
-            first = first or checked
-        a, b, scalings = zip(*adapters.values())
-        ranks, scalings = tuple(t.shape[0] for t in a), tuple(float(s) for s in scalings)
-        wide = torch.promote_types(a[0].dtype, torch.float32)
-        # Filled on the device: a table copied from the host would make the host wait at every step of a training.
-        owner = [a[0].new_full((rank,), e, dtype=torch.int32) for e, rank in enumerate(ranks)]
-        scaling = [a[0].new_full((rank,), s, dtype=wide) for rank, s in zip(ranks, scalings)]
-        return cls(
-            a=torch.cat(a),
-            b=torch.cat([t.T for t in b]),
-            owner=torch.cat(owner),
-            scaling=torch.cat(scaling),
-            names=tuple(adapters),
-            ranks=ranks,
-            scalings=scalings,
-        )
-
-
-class BankKeeper:
-    """Packs the adapters of a layer, and packs frozen ones again only when one of them has changed.
-
-    What has changed is told from where a tensor lies, its dtype and its version: optimizers, load_state_dict, ``.to()``
-    and swapped tensors are seen, but not what is written through ``.data`` into the same memory.
-    """
-
-    def __init__(self) -> None:
-        self._kept: tuple[object, LoraBank, list[Tensor]] | None = None
-
-    def bank(self, adapters: Mapping[str, tuple[Tensor, Tensor, float]]) -> LoraBank:
-        """`LoraBank.pack`, or what it returned before; while gradients are wanted always the former."""
-        weights = [t for a, b, _ in adapters.values() for t in (a, b)]
-        trained = torch.is_grad_enabled() and any(t.requires_grad for t in weights)
-        # Inference tensors have no version.
-        if trained or torch.compiler.is_compiling() or any(t.is_inference() for t in weights):
-            return LoraBank.pack(adapters)
-        key = (
-            torch.is_inference_mode_enabled(),  # what is packed there cannot be used with autograd later
-            [(name, scaling) for name, (_, _, scaling) in adapters.items()],
-            [(t.data_ptr(), t.device, t.dtype, t.shape, t.stride(), t._version) for t in weights],
-        )
-        if self._kept is None or self._kept[0] != key:
-            # The aliases keep the memory taken, so that nothing new can lie where the key says these did.
-            self._kept = (key, LoraBank.pack(adapters), [t.detach() for t in weights])
-        return self._kept[1]
-
-    def __deepcopy__(self, memo: dict) -> BankKeeper:
-        return BankKeeper()
-
-    def __reduce__(self) -> tuple:
-        return BankKeeper, ()
+__all__ = ["BankKeeper", "LoraBank", "LoraRouting", "add_adapters", "multi_lora_linear", "multi_lora_linears"]
 
 
 class LoraRouting:
-    """Which adapter each token goes through: one for all layers of a step.
+    """Which adapters each token goes through: one routing for all layers of a step.
 
     adapter_ids  (T,) or (B, L), int64 or int32: places in ``bank.names``; -1: the base layer alone
     bank         one bank of the adapters; the banks of other layers, whatever their ranks, serve with the same routing
                  if they have the same names in the same order
+    weights      None: each token goes through one adapter. Else floating point of the shape of adapter_ids, which is
+                 then (T, S) or (B, L, S): each token goes through the sum of S adapters, each with its weight. They may
+                 require grad.
 
     Built without a device sync. Raises ValueError for an id out of range on the CPU; on a GPU such a token gets the
-    base layer alone. Raises TypeError for anything that is no integer tensor.
+    base layer alone. Raises TypeError for ids that are no integer tensor.
     """
 
-    def __init__(self, adapter_ids: Tensor, bank: LoraBank) -> None:
+    def __init__(self, adapter_ids: Tensor, bank: LoraBank, weights: Tensor | None = None) -> None:
         if not isinstance(bank, LoraBank):
             raise TypeError(f"bank: got {type(bank).__name__}, expected a LoraBank")
-        shape = ("B", "L") if isinstance(adapter_ids, Tensor) and adapter_ids.ndim == 2 else ("T",)
-        check_tensor("adapter_ids", adapter_ids, shape=shape, dtypes=INT_DTYPES, device=bank.a.device)
+        slots = () if weights is None else ("S",)
+        two = isinstance(adapter_ids, Tensor) and adapter_ids.ndim == 2 + len(slots)
+        shape = (*(("B", "L") if two else ("T",)), *slots)
+        device = bank.adapters[0][0].device
+        check_tensor("adapter_ids", adapter_ids, shape=shape, dtypes=INT_DTYPES, device=device)
+        if weights is not None:
+            check_tensor("weights", weights, shape=adapter_ids.shape, dtypes=FLOAT_DTYPES, device=device)
         if readable(adapter_ids):
             bad = (adapter_ids < -1) | (adapter_ids >= len(bank.names))
             if bool(bad.any()):
@@ -143,8 +56,18 @@ class LoraRouting:
                     f"adapter_ids: got {int(adapter_ids[at])} at {at}, expected -1 (base alone) or one of {known}"
                 )
         self.adapter_ids = adapter_ids
+        self.weights = weights
         self.names = bank.names
-        self.plan = cpu.Plan(adapter_ids, len(bank.names)) if readable(adapter_ids) else None
+        self.shape = tuple(adapter_ids.shape[: len(shape) - len(slots)])
+        self.pairs = adapter_ids.flatten()[:, None] if weights is None else adapter_ids.flatten(0, -2)
+        self.parts = cpu.plan(self.pairs) if readable(adapter_ids) else None
+        self._plan: plan.Plan | None = None
+
+    def plan(self) -> plan.Plan:
+        """What the kernels of `fused` read, made at the first call."""
+        if self._plan is None:
+            self._plan = plan.build(self.pairs, len(self.names))
+        return self._plan
 
 
 def multi_lora_linear(
@@ -162,19 +85,23 @@ def multi_lora_linear(
 
         y_t = W x_t + bias + s_a B_a A_a dropout(x_t),    a = adapter_ids[t];    y_t = W x_t + bias where a = -1
 
+    and with weights w_t1 .. w_tS the sum over a = adapter_ids[t, i] of w_ti times the third term.
+
     x          (T, K) or (B, L, K) floating point, any strides; (B, L) ids serve (B L, K) too
     weight     (N, K), dtype of x unless autocast is on
     bank       adapters (r, K) and (N, r) of any floating dtype. They are rounded to the dtype of y where they are used:
                float32 master adapters train beside a 16-bit layer, and no activation is widened for them.
     routing    ids for the tokens of x
     bias       (N,), dtype of weight
-    dropout_p  probability, from 0 to 1, of dropping an element of x on its way into the adapter, with inverse scaling;
-               only if ``training``. As in peft the base layer sees all of x.
+    dropout_p  probability, from 0 to 1, of dropping an element of x on its way into the adapters, with inverse scaling;
+               only if ``training``. As in peft the base layer sees all of x. The probability is rounded to a multiple
+               of 2^-16; the mask is drawn from torch's generator, is the same for the adapters of one token, and is not
+               stored but computed again in the backward pass.
 
     Returns y (T, N) or (B, L, N) in the dtype of torch.nn.functional.linear(x, weight). Differentiable in x, A, B, and
-    in weight and bias where they require grad. Adapters without tokens get zero gradients, not None, so that no rank of
-    a data-parallel group waits for another. Deterministic: the same bits from run to run. A token in another batch gets
-    the same bits only if the matrix product of torch gives them, which it does not promise.
+    in weight, bias and the routing's weights where they require grad. Adapters without tokens get zero gradients, not
+    None, so that no rank of a data-parallel group waits for another. Deterministic: the same bits from run to run. A
+    token in another batch gets the same bits only if the matrix product of torch gives them, which it does not promise.
 
     ``backend``: None chooses; "cpu" multiplies each adapter with its own tokens, "reference" all adapters with all
     tokens, everywhere and under torch.compile.
@@ -185,13 +112,40 @@ def multi_lora_linear(
     with ``adapter_names`` per sample, in inference only).
     """
     _check_x(x)
-    dtypes = FLOAT_DTYPES if torch.is_autocast_enabled(x.device.type) else (x.dtype,)
-    check_tensor("weight", weight, shape=("N", x.shape[-1]), dtypes=dtypes, device=x.device)
-    if bias is not None:
-        check_tensor("bias", bias, shape=(weight.shape[0],), dtypes=(weight.dtype,), device=x.device)
+    _check_base(x, weight, bias, "weight", "bias")
     _check_adapters(x, weight.shape[0], bank, routing, dropout_p)
-    backend = _choose(x, routing, backend)
-    return _add(F.linear(x, weight, bias), x, bank, routing, dropout_p if training else 0.0, backend)
+    return _run(x, [Base(weight, bias, None)], [bank], routing, dropout_p, training, backend)[0]
+
+
+def multi_lora_linears(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    banks: Sequence[LoraBank],
+    routing: LoraRouting,
+    biases: Sequence[Tensor | None] | None = None,
+    *,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, ...]:
+    """`multi_lora_linear` for several layers with one input (q, k and v; gate and up), which then is read once.
+
+    Layer j has ``weights[j]`` (N_j, K), ``banks[j]`` and ``biases[j]``; the other arguments and the errors are those of
+    `multi_lora_linear`. Returns a tuple of y_j. The layers share one dropout mask.
+    """
+    weights, banks = list(weights), list(banks)
+    biases = [None] * len(weights) if biases is None else list(biases)
+    for name, given in (("banks", banks), ("biases", biases)):
+        if len(given) != len(weights):
+            raise ValueError(f"{name}: got {len(given)}, expected one for each of the {len(weights)} weights")
+    if not weights:
+        raise ValueError("weights: got none, expected at least one")
+    _check_x(x)
+    for j, (weight, bias, bank) in enumerate(zip(weights, biases, banks)):
+        _check_base(x, weight, bias, f"weights[{j}]", f"biases[{j}]")
+        _check_adapters(x, weight.shape[0], bank, routing, dropout_p)
+    bases = [Base(weight, bias, None) for weight, bias in zip(weights, biases)]
+    return _run(x, bases, banks, routing, dropout_p, training, backend)
 
 
 def add_adapters(
@@ -204,59 +158,71 @@ def add_adapters(
     training: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """Adds the adapters' part of `multi_lora_linear` to y, in place: for base layers that have a forward of their own.
+    """y plus the adapters' part of `multi_lora_linear`: for base layers that have a forward of their own.
 
-    y (T, N) or (B, L, N), what the base layer made of x; the other arguments, and the errors, are those of
-    `multi_lora_linear`. Returns y.
+    y (T, N) or (B, L, N), what the base layer made of x; it is used up, since the sum takes its memory where it can.
+    The other arguments, and the errors, are those of `multi_lora_linear`.
     """
     _check_x(x)
     check_tensor("y", y, shape=(*x.shape[:-1], "N"), dtypes=FLOAT_DTYPES, device=x.device)
     _check_adapters(x, y.shape[-1], bank, routing, dropout_p)
-    return _add(y, x, bank, routing, dropout_p if training else 0.0, _choose(x, routing, backend))
+    if not y.is_contiguous() or (y.requires_grad and y._is_view()):
+        y = y.clone(memory_format=torch.contiguous_format)
+    return _run(x, [Base(None, None, y)], [bank], routing, dropout_p, training, backend)[0]
 
 
-def _add(y: Tensor, x: Tensor, bank: LoraBank, routing: LoraRouting, dropout_p: float, backend: str) -> Tensor:
-    # Two dimensions, because batched matrix products of a strided x are many times slower.
-    tokens = (y.flatten(0, -2), x.flatten(0, -2), bank.a, bank.b, bank.owner, bank.scaling)
-    ids = routing.adapter_ids.flatten()
-    if backend == "cpu":
-        done = cpu.add_adapters(*tokens, bank.ranks, bank.scalings, ids, routing.plan, dropout_p)
+def _run(
+    x: Tensor,
+    bases: list[Base],
+    banks: list[LoraBank],
+    routing: LoraRouting,
+    dropout_p: float,
+    training: bool,
+    backend: str | None,
+) -> tuple[Tensor, ...]:
+    # Autocast's dtype, and two dimensions, because batched matrix products of a strided x are many times slower.
+    dtype = bases[0].y.dtype if bases[0].weight is None else _dtype_of_linear(x)
+    backend = _choose(x, dtype, routing, backend)
+    drop = dropout.units(dropout_p) if training else 0
+    seed = dropout.new_seed(x.device) if drop else None
+    tokens = x.flatten(0, -2).to(dtype)
+    weights = routing.weights
+    if weights is not None:
+        weights = weights.flatten(0, -2).to(torch.promote_types(dtype, torch.float32))
+    if backend == "reference":
+        ys = []
+        for base, bank in zip(bases, banks):
+            y = base(tokens) if base.y is None else base.y.flatten(0, -2)
+            ys.append(reference.add_adapters(y, tokens, bank.rows(dtype), routing.pairs, weights, seed, drop))
     else:
-        done = reference.add_adapters(*tokens, ids, dropout_p)
-    return done.view(y.shape)
+        ys = linears(Call(_engine(backend), banks, routing, seed, drop), tokens, weights, bases)
+    return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
 
 
-def _check_adapter(name: object, adapter: object, like: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-    """Checks one adapter, and that it fits ``like``, the A and B of the first one; returns its own A and B."""
-    if not isinstance(name, str):
-        raise TypeError(f"adapters: got the name {name!r}, expected a str")
-    if not isinstance(adapter, (tuple, list)) or len(adapter) != 3:
-        raise TypeError(f"adapters[{name!r}]: got {adapter!r:.80}, expected (A, B, scaling)")
-    a, b, scaling = adapter
-    like_a, like_b = like or (a, b)
-    of = f"of adapter {name!r}"
-    check_tensor(f"A {of}", a, shape=("r", "K"), dtypes=FLOAT_DTYPES)
-    rank = a.shape[0]
-    if not 1 <= rank <= MAX_RANK:
-        raise ValueError(f"A {of}: got rank {rank}, expected 1 to {MAX_RANK}")
-    check_tensor(f"B {of}", b, shape=("N", rank), dtypes=(a.dtype,), device=a.device)
-    check_tensor(f"A {of}", a, shape=("r", like_a.shape[1]), dtypes=(like_a.dtype,), device=like_a.device)
-    check_tensor(f"B {of}", b, shape=(like_b.shape[0], rank))
-    if isinstance(scaling, bool) or not isinstance(scaling, Real):
-        raise TypeError(f"scaling {of}: got {type(scaling).__name__}, expected a number")
-    if not abs(scaling) < math.inf:
-        raise ValueError(f"scaling {of}: got {scaling}, expected a finite number")
-    return a, b
+def _dtype_of_linear(x: Tensor) -> torch.dtype:
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
 
 
-def _choose(x: Tensor, routing: LoraRouting, backend: str | None) -> str:
+def _choose(x: Tensor, dtype: torch.dtype, routing: LoraRouting, backend: str | None) -> str:
     if x.device.type != "cpu":
         why_not_cpu = f"the tensors are on {x.device.type}"
-    elif torch.compiler.is_compiling() or routing.plan is None:
+    elif torch.compiler.is_compiling() or routing.parts is None:
         why_not_cpu = "the sizes of its products depend on the ids, which torch.compile cannot know"
     else:
         why_not_cpu = None
-    return choose("multi_lora_linear", {"cpu": why_not_cpu, "reference": None}, backend)
+    if x.device.type != "cuda":
+        why_not_cuda = f"the tensors are on {x.device.type}"
+    elif dtype == torch.float64:
+        why_not_cuda = "it does not compute in float64"
+    else:
+        why_not_cuda = missing_kernel("multi_lora_shrink_", "cuda")
+    return choose("multi_lora_linear", {"cuda": why_not_cuda, "cpu": why_not_cpu, "reference": None}, backend)
+
+
+def _engine(backend: str) -> object:
+    return cpu if backend == "cpu" else fused.COMPILED
 
 
 def _check_x(x: object) -> None:
@@ -265,23 +231,30 @@ def _check_x(x: object) -> None:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected (T, K) or (B, L, K)")
 
 
+def _check_base(x: Tensor, weight: object, bias: object, weight_name: str, bias_name: str) -> None:
+    dtypes = FLOAT_DTYPES if torch.is_autocast_enabled(x.device.type) else (x.dtype,)
+    check_tensor(weight_name, weight, shape=("N", x.shape[-1]), dtypes=dtypes, device=x.device)
+    if bias is not None:
+        check_tensor(bias_name, bias, shape=(weight.shape[0],), dtypes=(weight.dtype,), device=x.device)
+
+
 def _check_adapters(x: Tensor, outputs: int, bank: object, routing: object, dropout_p: object) -> None:
     if not isinstance(bank, LoraBank):
         raise TypeError(f"bank: got {type(bank).__name__}, expected a LoraBank")
     if not isinstance(routing, LoraRouting):
         raise TypeError(f"routing: got {type(routing).__name__}, expected a LoraRouting")
-    check_tensor("bank.a", bank.a, shape=("R", x.shape[-1]), device=x.device)
-    check_tensor("bank.b", bank.b, shape=("R", outputs))
+    a, b = bank.adapters[0]
+    check_tensor("bank's A", a, shape=("r", x.shape[-1]), device=x.device)
+    check_tensor("bank's B", b, shape=(outputs, "r"))
     if routing.names != bank.names:
         got, expected = ", ".join(routing.names), ", ".join(bank.names)
         raise ValueError(f"routing: got one for the adapters {got}, expected the bank's: {expected}")
-    ids = routing.adapter_ids
-    if ids.device != x.device:
-        raise ValueError(f"routing: got adapter_ids on {ids.device}, expected {x.device}")
-    tokens, shape = tuple(x.shape[:-1]), tuple(ids.shape)
+    if routing.pairs.device != x.device:
+        raise ValueError(f"routing: got adapter_ids on {routing.pairs.device}, expected {x.device}")
+    tokens = tuple(x.shape[:-1])
     # Flattened tokens fit as well, but never (L, B) to (B, L).
-    if tokens != shape and tokens != (ids.numel(),):
-        raise ValueError(f"routing: got adapter_ids of shape {shape}, expected {tokens} as x has")
+    if tokens != routing.shape and tokens != (len(routing.pairs),):
+        raise ValueError(f"routing: got adapter_ids for tokens {routing.shape}, expected {tokens} as x has")
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, Real):
         raise TypeError(f"dropout_p: got {type(dropout_p).__name__}, expected a number")
     if not 0 <= dropout_p <= 1:

@@ -1,83 +1,144 @@
-"""Routed LoRA on a CPU: the tokens of each adapter are brought together once, then each adapter multiplies its own.
+"""Routed LoRA on a CPU: each adapter multiplies its own tokens, as they lie in memory where they lie in runs.
 
-Ordinary torch operations, so differentiable as often as one likes; the matrix products are torch's own. Arguments have
-been checked by the public functions of this package.
+The matrix products are torch's own, on the adapters' own memory. Arguments have been checked by the public functions of
+this package. T tokens, S adapters per token.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lyra_ops.multi_lora import reference
+from lyra_ops._backend import missing_kernel
+from lyra_ops.multi_lora import dropout
+from lyra_ops.multi_lora.function import Gradients
 
-# Below so many tokens of several adapters, one product with all of them takes less time than sorting tokens does
-# (`python -m bench multi_lora` shows both).
-FEW_TOKENS = 32
+# Tokens of an adapter that come in runs of at least so many on average are multiplied run by run; shorter ones are
+# brought together first. `python -m bench multi_lora` measures both.
+RUN = 16
 
 
-class Plan:
-    """Which tokens go to which adapter, read off the ids once for all layers of a step.
+class Part(NamedTuple):
+    """Tokens of one adapter, none of them twice."""
 
-    present  the adapters that have tokens, in order
-    counts   how many each of them has
-    order    their tokens, adapter after adapter and in increasing order; None if that is 0, 1, .., T - 1
+    adapter: int
+    slot: int  # which of a token's S adapters this is
+    tokens: slice | Tensor | None  # None: all of them
+
+    def of(self, matrix: Tensor) -> Tensor:
+        """Their rows: a view, or a copy where they had to be brought together."""
+        if self.tokens is None:
+            return matrix
+        return matrix[self.tokens] if isinstance(self.tokens, slice) else matrix.index_select(0, self.tokens)
+
+
+def plan(adapter_ids: Tensor) -> list[Part]:
+    """What there is to multiply for ids (T, S), slot after slot, adapter after adapter, in the order of tokens."""
+    parts: list[Part] = []
+    for slot, ids in enumerate(adapter_ids.T):
+        if not len(ids):
+            continue
+        bounds = [0, *(ids.diff().nonzero().flatten() + 1).tolist(), len(ids)]
+        runs: dict[int, list[slice]] = {}
+        for begin, end, e in zip(bounds, bounds[1:], ids[bounds[:-1]].tolist()):
+            runs.setdefault(e, []).append(slice(begin, end))
+        for e in sorted(runs.keys() - {-1}):
+            mine = runs[e]
+            if len(bounds) == 2:
+                parts.append(Part(e, slot, None))
+            elif len(mine) == 1 or sum(run.stop - run.start for run in mine) >= RUN * len(mine):
+                parts += [Part(e, slot, run) for run in mine]
+            else:
+                parts.append(Part(e, slot, (ids == e).nonzero().flatten()))
+    return parts
+
+
+def add(ys, x, banks, routing, weights, seed, drop) -> list[Tensor]:
+    """Adds the adapters of each bank to its y, in place; returns scaling A x of each bank and part."""
+    shrunk = []
+    x = drop_out(x, seed, drop)
+    for y, bank in zip(ys, banks):
+        for part in routing.parts:
+            a, b = bank.adapters[part.adapter]
+            # Scaled in the accumulator, before anything is rounded.
+            h = scaled_product(bank.scalings[part.adapter] * dropout.scale(drop), part.of(x), a.to(y.dtype).T)
+            shrunk.append(h)
+            rows = part.of(y)
+            rows.addmm_(weighted(h, part, weights), b.to(y.dtype).T)
+            if isinstance(part.tokens, Tensor):
+                y.index_copy_(0, part.tokens, rows)
+    return shrunk
+
+
+def gradients(dys, dx, x, banks, routing, weights, seed, drop, shrunk, wanted: Gradients) -> Gradients:
+    """The gradients for upstream gradients ``dys``, one per bank; the adapters' share of that of x is added to ``dx``.
+
+    ``shrunk`` is what `add` returned. None for ``dx`` and what ``wanted`` (a `Gradients` of bools) does not name.
     """
-
-    def __init__(self, adapter_ids: Tensor, adapters: int) -> None:
-        ids = adapter_ids.flatten().long()
-        counts = torch.bincount(ids + 1, minlength=adapters + 1).tolist()
-        self.present = [e for e in range(adapters) if counts[e + 1]]
-        self.counts = [counts[e + 1] for e in self.present]
-        routed, self.order = sum(self.counts), None
-        if routed < len(ids) or (len(self.present) > 1 and bool((ids.diff() < 0).any())):
-            self.order = ids.argsort(stable=True)[len(ids) - routed :]
-
-
-def add_adapters(
-    y: Tensor,
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    owner: Tensor,
-    scaling: Tensor,
-    ranks: tuple[int, ...],
-    scalings: tuple[float, ...],
-    adapter_ids: Tensor,
-    plan: Plan,
-    dropout_p: float,
-) -> Tensor:
-    """As `reference.add_adapters`; ranks, scalings and plan are what it would have to read off the tensors."""
-    if not plan.present:
-        return _WithZeroGradients.apply(y, a, b)
-    if len(plan.present) > 1 and len(x) <= FEW_TOKENS:
-        return reference.add_adapters(y, x, a, b, owner, scaling, adapter_ids, dropout_p)
-    if dropout_p:
-        x = F.dropout(x, dropout_p)
-    x = x.to(y.dtype)  # y's dtype may be autocast's choice
-    rows = y
-    if plan.order is not None:
-        x, rows = x.index_select(0, plan.order), y.index_select(0, plan.order)
-    # split, and not slices: its backward puts the gradients of all adapters together in one pass.
-    a_of, b_of, merged = a.split(ranks), b.split(ranks), []
-    for e, mine, base in zip(plan.present, x.split(plan.counts), rows.split(plan.counts)):
-        shrunk = mine @ a_of[e].to(y.dtype).T  # unscaled: alpha acts in the accumulator, before anything is rounded
-        if len(mine) == len(y):
-            return y.addmm_(shrunk, b_of[e].to(y.dtype), alpha=scalings[e])
-        merged.append(torch.addmm(base, shrunk, b_of[e].to(y.dtype), alpha=scalings[e]))
-    return torch.cat(merged) if plan.order is None else y.index_copy_(0, plan.order, torch.cat(merged))
+    x = drop_out(x, seed, drop)
+    into = torch.zeros_like(dx) if dx is not None and seed is not None else dx
+    to_weights = torch.zeros_like(weights) if wanted.weights else None
+    found = Gradients([[None] * len(b.adapters) for b in banks], [[None] * len(b.adapters) for b in banks], to_weights)
+    shrunk = iter(shrunk)
+    for j, (dy, bank) in enumerate(zip(dys, banks)):
+        for part in routing.parts:
+            e, h, mine = part.adapter, next(shrunk), part.of(dy)
+            a, b = bank.adapters[e]
+            scaling = bank.scalings[e] * dropout.scale(drop)
+            if weights is None:
+                g = scaled_product(scaling, mine, b.to(dy.dtype))
+            else:
+                g = mine @ b.to(dy.dtype)
+                if wanted.weights:
+                    share = torch.linalg.vecdot(h.to(weights.dtype), g.to(weights.dtype))
+                    to_weights[:, part.slot].index_add_(0, tokens_of(part, len(dy)), share)
+                g = weighted(g, part, weights * scaling)
+                h = weighted(h, part, weights)
+            if dx is not None:
+                rows = part.of(into)
+                rows.addmm_(g, a.to(dy.dtype))
+                if isinstance(part.tokens, Tensor):
+                    into.index_copy_(0, part.tokens, rows)
+            if wanted.a[j][e]:
+                found.a[j][e] = accumulated(found.a[j][e], g.T, part.of(x), a.dtype)
+            if wanted.b[j][e]:
+                found.b[j][e] = accumulated(found.b[j][e], mine.T, h, b.dtype)
+    if into is not dx:
+        dx += drop_out(into, seed, drop)
+    for j, bank in enumerate(banks):
+        for e, (a, b) in enumerate(bank.adapters):
+            for got, want, like in ((found.a, wanted.a, a), (found.b, wanted.b, b)):
+                if want[j][e]:  # zeros, not None, for adapters without tokens
+                    got[j][e] = torch.zeros_like(like) if got[j][e] is None else got[j][e].to(like.dtype)
+    return found
 
 
-class _WithZeroGradients(torch.autograd.Function):
-    """y, for which all of the adapters have the gradient zero instead of none."""
+def drop_out(x: Tensor, seed: Tensor | None, drop: int) -> Tensor:
+    """`dropout.drop_out`, compiled; without the compiled library the same elements, more slowly."""
+    if seed is None or missing_kernel("multi_lora_dropout", "cpu"):
+        return dropout.drop_out(x, seed, drop)
+    return torch.ops.lyra.multi_lora_dropout(x, seed, drop)
 
-    @staticmethod
-    def forward(ctx, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        ctx.save_for_backward(a, b)
-        return y.view_as(y)
 
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        a, b = ctx.saved_tensors
-        return grad, torch.zeros_like(a), torch.zeros_like(b)
+def scaled_product(scaling: float, left: Tensor, right: Tensor) -> Tensor:
+    """scaling left right, rounded once."""
+    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scaling)
+
+
+def weighted(h: Tensor, part: Part, weights: Tensor | None) -> Tensor:
+    return h if weights is None else (h * part.of(weights)[:, part.slot, None]).to(h.dtype)
+
+
+def tokens_of(part: Part, tokens: int) -> Tensor:
+    return part.tokens if isinstance(part.tokens, Tensor) else torch.arange(tokens)[part.tokens or slice(None)]
+
+
+def accumulated(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """total + left right. Parts of 16 bits are added up in 32."""
+    if total is None:
+        return left @ right
+    if total.dtype == left.dtype and total.dtype in (torch.float32, torch.float64):
+        return total.addmm_(left, right)
+    return total.float().add_(left @ right)

@@ -74,7 +74,7 @@ class MultiLoraLinear(nn.Module):
             nn.init.zeros_(self.lora_B[name])
 
     def bank(self) -> LoraBank:
-        """The adapters as they are now, packed: what a `LoraRouting` is made with."""
+        """The adapters as they are now: what a `LoraRouting` is made with."""
         return self._keeper.bank({name: (a, self.lora_B[name], self.scaling[name]) for name, a in self.lora_A.items()})
 
     def forward(self, x: Tensor, routing: LoraRouting) -> Tensor:

@@ -1,0 +1,148 @@
+"""Routed LoRA made of three kernels, `shrink_`, `expand_` and `outer` (see `kernels`), in CUDA, Triton or plain torch.
+
+No host sync and no size that depends on the ids, so a CUDA graph can hold it. Layers with one input share one shrink,
+and in the backward pass one sum into the gradient of x and one pass over x. Arguments have been checked by the public
+functions of this package. T tokens, S adapters per token, E adapters.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lyra_ops.multi_lora import dropout
+from lyra_ops.multi_lora.bank import LoraBank, keep
+from lyra_ops.multi_lora.function import Gradients
+
+
+class Group(NamedTuple):
+    """The tables of the banks of layers with one input.
+
+    A rows of all layers lie adapter after adapter in one bank, so that an adapter's columns of h are one run.
+    """
+
+    of_a: Tensor  # (E, 3) int32: an adapter's first row in the common bank of A, its rows, its first column in h: 0
+    of_b: list[Tensor]  # per layer (E, 3) int32: first row in the layer's bank of B, rank, first column in h
+    scaling: list[Tensor]  # per layer (E,) float32
+    columns: Tensor  # (E, G) float32: the scaling of each column of h, 0 where an adapter has none
+    banks: list[LoraBank]  # what the tables tell of; held so that nothing else can take their place in memory
+
+    @classmethod
+    def of(cls, banks: list[LoraBank]) -> Group:
+        """Made once for banks that are kept. On the device: a copy from the host would make the host wait."""
+        key = ("group", *map(id, banks))
+        if key not in banks[0].tables:
+            banks[0].tables[key] = cls._made(banks)
+        return banks[0].tables[key]
+
+    @classmethod
+    def _made(cls, banks: list[LoraBank]) -> Group:
+        like, adapters = banks[0].adapters[0][0], range(len(banks[0].names))
+
+        def filled(values, dtype) -> Tensor:
+            return torch.cat([like.new_full((1,), value, dtype=dtype) for value in values])
+
+        def table(rows: list[int], columns: list[int]) -> Tensor:
+            firsts = [sum(rows[:e]) for e in adapters]
+            entries = [value for triple in zip(firsts, rows, columns) for value in triple]
+            return filled(entries, torch.int32).view(-1, 3)
+
+        together = [sum(bank.ranks[e] for bank in banks) for e in adapters]
+        before = [[sum(bank.ranks[e] for bank in banks[:j]) for e in adapters] for j in range(len(banks))]
+        columns = like.new_zeros(len(adapters), max(together), dtype=torch.float32)
+        for bank, firsts in zip(banks, before):
+            for e, (first, rank) in enumerate(zip(firsts, bank.ranks)):
+                columns[e, first : first + rank] = bank.scalings[e]
+        return cls(
+            of_a=table(together, [0] * len(together)),
+            of_b=[table(list(bank.ranks), firsts) for bank, firsts in zip(banks, before)],
+            scaling=[filled(bank.scalings, torch.float32) for bank in banks],
+            columns=columns,
+            banks=banks[1:],
+        )
+
+
+class Compiled:
+    """The kernels of the compiled library."""
+
+    @staticmethod
+    def shrink_(*arguments) -> None:
+        torch.ops.lyra.multi_lora_shrink_(*arguments)
+
+    @staticmethod
+    def expand_(*arguments) -> None:
+        torch.ops.lyra.multi_lora_expand_(*arguments)
+
+    @staticmethod
+    def outer(*arguments) -> Tensor:
+        return torch.ops.lyra.multi_lora_outer(*arguments)
+
+
+class Engine:
+    """What `function.linears` needs, of a module or namespace with the three kernels."""
+
+    def __init__(self, kernels: object) -> None:
+        self._kernels = kernels
+
+    def add(self, ys, x, banks, routing, weights, seed, drop) -> list[Tensor]:
+        """Adds the adapters of each bank to its y, in place; returns what A makes of x."""
+        group, plan = Group.of(banks), routing.plan()
+        h = x.new_empty(*plan.ids.shape, group.columns.shape[1], dtype=torch.float32)
+        self._kernels.shrink_(h, _rows_of(x), _a_of(banks, x.dtype), group.of_a, *plan, seed, drop)
+        for y, bank, table, scaling in zip(ys, banks, group.of_b, group.scaling):
+            b, scaling = _b_of(bank, x.dtype), scaling * dropout.scale(drop)
+            self._kernels.expand_(y, h, b, table, scaling, plan.ids, weights, plan.present, None, 0)
+        return [h]
+
+    def gradients(self, dys, dx, x, banks, routing, weights, seed, drop, kept, wanted: Gradients) -> Gradients:
+        """As `cpu.gradients`."""
+        (h,), group, plan, kernels = kept, Group.of(banks), routing.plan(), self._kernels
+        lists, made_up = (plan.starts, plan.pairs, plan.chunks), dropout.scale(drop)
+        dh = torch.empty_like(h)  # what B^T makes of dy, without scaling
+        of_b = []
+        for j, (dy, bank) in enumerate(zip(dys, banks)):
+            b, scaling = _b_of(bank, dy.dtype), group.scaling[j] * made_up
+            kernels.shrink_(dh, dy, b, group.of_b[j], *plan, None, 0)
+            if any(wanted.b[j]):
+                grad = kernels.outer(h, dy, group.of_b[j], scaling, weights, *lists, None, 0, len(b))
+                of_b.append([part.T.to(own.dtype) for part, (_, own) in zip(grad.split(bank.ranks), bank.adapters)])
+            else:
+                of_b.append([None] * len(bank.names))
+        factor = group.columns[plan.ids.clamp(min=0).long()] * made_up  # (T, S, G)
+        of_weights = None
+        if wanted.weights:
+            known = (plan.ids >= 0)[:, :, None] & (factor != 0)
+            of_weights = torch.where(known, h * dh * factor, 0).sum(2)
+        scaling = group.scaling[0] * made_up
+        if any(bank.scalings != banks[0].scalings for bank in banks):
+            dh, scaling = dh * factor, torch.ones_like(scaling)
+        if dx is not None:
+            a = _a_of(banks, x.dtype)
+            kernels.expand_(dx, dh, a, group.of_a, scaling, plan.ids, weights, plan.present, seed, drop)
+        of_a = [[None] * len(bank.names) for bank in banks]
+        if any(map(any, wanted.a)):
+            rows = sum(sum(bank.ranks) for bank in banks)
+            grad = kernels.outer(dh, _rows_of(x), group.of_a, scaling, weights, *lists, seed, drop, rows)
+            parts = iter(grad.split([bank.ranks[e] for e in range(len(banks[0].names)) for bank in banks]))
+            for e in range(len(banks[0].names)):
+                for j, bank in enumerate(banks):
+                    of_a[j][e] = next(parts).to(bank.adapters[e][0].dtype)
+        return Gradients(of_a, of_b, of_weights)
+
+
+def _rows_of(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _a_of(banks: list[LoraBank], dtype: torch.dtype) -> Tensor:
+    in_order = [bank.adapters[e][0] for e in range(len(banks[0].names)) for bank in banks]
+    return keep(f"a of {len(banks)}", dtype, banks, lambda: torch.cat(in_order).to(dtype))
+
+
+def _b_of(bank: LoraBank, dtype: torch.dtype) -> Tensor:
+    return keep("b", dtype, [bank], lambda: torch.cat([b.T for _, b in bank.adapters]).to(dtype))
+
+
+COMPILED = Engine(Compiled)

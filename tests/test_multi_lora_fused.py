@@ -1,0 +1,168 @@
+"""What goes around the kernels on a GPU, run with their twins in plain torch: plan, tables, forward and backward."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_multi_lora import each_adapter_and_mask, formula, layer, leaves, sum_of_formulas
+from torch import Tensor
+
+from lyra_ops import LoraBank, LoraRouting
+from lyra_ops.multi_lora import dropout, fused, kernels, plan, reference
+from lyra_ops.multi_lora.function import Base, Call, linears
+from lyra_ops.testing import assert_within_reference_error
+
+ENGINE = fused.Engine(kernels)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(1, 70), st.integers(0, 300), st.integers(1, 3), st.integers(0, 99))
+def test_plan(adapters: int, tokens: int, slots: int, seed: int):
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(-2, adapters + 2, (tokens, slots), generator=g)
+    ids[torch.rand(ids.shape, generator=g) < 0.5] = int(torch.randint(adapters, (), generator=g))
+    made = plan.build(ids, adapters)
+    assert {t.dtype for t in made} == {torch.int32}
+    clean = [[e if 0 <= e < adapters else -1 for e in row] for row in ids.tolist()]
+    assert made.ids.tolist() == clean
+
+    flat = [e for row in clean for e in row]
+    lists = [[p for p, owner in enumerate(flat) if owner == e] for e in range(adapters)]
+    starts, pairs = made.starts.tolist(), made.pairs.tolist()
+    assert [pairs[begin:end] for begin, end in pairwise(starts)] == lists
+    assert pairs[starts[-1] :] == [-1] * flat.count(-1)
+
+    chunks = [[e, starts[e] + k] for e in range(adapters) for k in range(0, len(lists[e]), plan.TILE)]
+    room = math.ceil(tokens * slots / plan.TILE) + adapters
+    assert made.chunks.tolist() == chunks + [[-1, 0]] * (room - len(chunks))
+
+    for tile, words in enumerate(made.present.tolist()):
+        inside = {e for row in clean[tile * plan.TILE : (tile + 1) * plan.TILE] for e in row} - {-1}
+        assert {e for e in range(32 * len(words)) if words[e // 32] >> (e % 32) & 1} == inside
+    assert made.present.shape == (math.ceil(tokens / plan.TILE), math.ceil(adapters / 32))
+
+
+def run(x, weight, bias, adapters, ids, weights=None, seed=None, drop=0) -> Tensor:
+    bank = LoraBank.pack(adapters)
+    routing = LoraRouting(ids, bank, weights)
+    return linears(Call(ENGINE, [bank], routing, seed, drop), x, weights, [Base(weight, bias, None)])[0]
+
+
+@pytest.mark.parametrize("ranks", [(4,), (1, 8, 13), (64, 1, 320, 8), (512,), tuple(range(1, 33))], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_forward_and_backward(ranks: tuple[int, ...], dtype: torch.dtype):
+    arguments = layer(ranks, 200, inputs=48, outputs=40, dtype=dtype)
+    assert_within_reference_error(run(*arguments), each_adapter_and_mask(*arguments), formula(*arguments))
+    upstream = torch.randn(200, 40, dtype=torch.float64)
+
+    def gradients(function, run_in: torch.dtype) -> tuple[Tensor, ...]:
+        x, weight, bias, adapters, ids = arguments
+        adapters = {name: (a.detach().to(run_in), b.detach().to(run_in), s) for name, (a, b, s) in adapters.items()}
+        x, weight, bias = (t.detach().to(run_in) for t in (x, weight, bias))
+        inputs = leaves(x, weight, bias, adapters)
+        return torch.autograd.grad(function(x, weight, bias, adapters, ids), inputs, upstream.to(run_in))
+
+    for got, plain, exact in zip(
+        gradients(run, dtype), gradients(each_adapter_and_mask, dtype), gradients(each_adapter_and_mask, torch.float64)
+    ):
+        assert_within_reference_error(got, plain, exact)
+
+
+def test_weights():
+    x, weight, bias, adapters, _ = layer((4, 8, 2), 150, dtype=torch.float32)
+    ids, shares = torch.randint(-1, 2, (150, 3)), torch.rand(150, 3)
+    results = []
+    for function in (run, sum_of_formulas):
+        inputs = [*leaves(x, weight, bias, adapters), shares.requires_grad_()]
+        y = function(x, weight, bias, adapters, ids, shares)
+        results.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
+    for got, want in zip(*results):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("scalings", [(2.0, 2.0), (2.0, -0.5)], ids=["equal scalings", "unequal scalings"])
+@pytest.mark.parametrize("drop", [0, 1 << 14, 1 << 16])
+def test_layers_with_one_input(scalings: tuple[float, float], drop: int):
+    x, *_, ids = layer((4, 8, 2), 150, dtype=torch.float32)
+    seed = torch.tensor([5]) if drop else None
+    bases, banks, inputs = [], [], [x.requires_grad_()]
+    for j, scaling in enumerate(scalings):
+        _, weight, bias, adapters, _ = layer((4, 8, 2), 1, outputs=9 + j, dtype=torch.float32, seed=j)
+        inputs += leaves(torch.empty(0), weight, bias, adapters)[1:]
+        banks.append(LoraBank.pack({name: (a, b, scaling) for name, (a, b, _) in adapters.items()}))
+        bases.append(Base(weight, bias, None))
+    routing = LoraRouting(ids, banks[0])
+    got = linears(Call(ENGINE, banks, routing, seed, drop), x, None, bases)
+    want = [
+        reference.add_adapters(base(x), x, bank.rows(torch.float32), routing.pairs, None, seed, drop)
+        for base, bank in zip(bases, banks)
+    ]
+    torch.testing.assert_close(list(got), want)
+    upstream = [torch.randn_like(y) for y in want]
+    torch.testing.assert_close(*(torch.autograd.grad(ys, inputs, upstream) for ys in (got, want)))
+
+
+@pytest.mark.parametrize("tokens", [0, 9])
+def test_adapters_without_tokens_get_zeros(tokens: int):
+    x, weight, bias, adapters, _ = layer((2, 3), tokens, dtype=torch.float32)
+    weights = leaves(x, weight, bias, adapters)[3:]
+    y = run(x, weight, bias, adapters, torch.full((tokens,), -1))
+    assert torch.equal(y, torch.nn.functional.linear(x, weight, bias))
+    y.sum().backward()
+    assert all(torch.equal(t.grad, torch.zeros_like(t)) for t in weights)
+
+
+def test_a_base_with_its_own_forward():
+    x, weight, bias, adapters, ids = layer((4, 8), 30, dtype=torch.float32)
+    inputs, bank = leaves(x, weight, bias, adapters), LoraBank.pack(adapters)
+    y = torch.nn.functional.linear(x, weight, bias).view(3, 10, 17).clone()
+    got = linears(Call(ENGINE, [bank], LoraRouting(ids, bank), None, 0), x, None, [Base(None, None, y)])[0]
+    want = each_adapter_and_mask(x, weight, bias, adapters, ids)
+    torch.testing.assert_close(got.flatten(0, 1), want)
+    for mine, theirs in zip(*(torch.autograd.grad(out.square().sum(), inputs) for out in (got, want))):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_rows_are_kept_while_the_adapters_stay(monkeypatch):
+    """Forward and backward of a step use one copy, and a change of an adapter makes a new one."""
+    x, weight, bias, adapters, ids = layer((4, 8), 30, dtype=torch.bfloat16)
+    masters = {
+        name: (a.float().requires_grad_(), b.float().requires_grad_(), s) for name, (a, b, s) in adapters.items()
+    }
+    bank = LoraBank.pack(masters)
+    seen: list[int] = []
+    expand_ = kernels.expand_
+
+    def counting(y, h, rows, *rest) -> None:
+        seen.append(rows.data_ptr())
+        expand_(y, h, rows, *rest)
+
+    monkeypatch.setattr(kernels, "expand_", counting)
+    for _ in range(2):
+        routing = LoraRouting(ids, bank)
+        y = linears(Call(ENGINE, [bank], routing, None, 0), x.requires_grad_(), None, [Base(weight, bias, None)])[0]
+        y.sum().backward()
+        y = linears(Call(ENGINE, [bank], routing, None, 0), x, None, [Base(weight, bias, None)])[0]
+    b_before, a_before, b_again, b, a, _ = seen
+    assert (b_before, b_again, b, a_before) == (b, b, b, a)
+    with torch.no_grad():
+        masters["adapter 0"][0].add_(1)
+        got = linears(Call(ENGINE, [bank], LoraRouting(ids, bank), None, 0), x, None, [Base(weight, bias, None)])[0]
+    want = {name: (a.bfloat16(), b.bfloat16(), s) for name, (a, b, s) in masters.items()}
+    assert torch.equal(got, run(x, weight, bias, want, ids))
+
+
+def test_dropout_in_the_twins_is_the_mask():
+    x, weight, bias, adapters, ids = layer((4, 8), 90, dtype=torch.float32)
+    seed, drop = torch.tensor([9]), 30000
+    dropped = torch.where(dropout.kept(seed, drop, *x.shape), x, 0) * dropout.scale(drop)
+    got = run(x, weight, bias, adapters, ids, seed=seed, drop=drop)
+    base = torch.nn.functional.linear(x, weight, bias)
+    want = base + each_adapter_and_mask(dropped, weight, bias, adapters, ids) - base.sub(0) * 0
+    want = want - torch.nn.functional.linear(dropped, weight, bias)
+    torch.testing.assert_close(got, want)
