@@ -7,7 +7,7 @@ from lyra_ops.soft_dtw import dtw_path, soft_dtw, soft_dtw_alignment, soft_dtw_f
 from lyra_ops.soft_dtw.losses import SoftDTW, SoftDTWLoss, soft_dtw_divergence
 from lyra_ops.soft_dtw.packed import soft_dtw_alignment_packed, soft_dtw_packed
 from lyra_ops.soft_dtw.statistics import SoftDTWStatistics, pair_cost, soft_dtw_statistics
-from lyra_ops.token_select import TokenSelection, gather_tokens, select_tokens, token_scores
+from lyra_ops.token_select import TokenSelection, gather_tokens, select_tokens, select_tokens_packed, token_scores
 
 __all__ = [
     "LoraBank",
@@ -24,6 +24,7 @@ __all__ = [
     "nn",
     "pair_cost",
     "select_tokens",
+    "select_tokens_packed",
     "soft_dtw",
     "soft_dtw_alignment",
     "soft_dtw_alignment_packed",

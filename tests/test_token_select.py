@@ -8,14 +8,17 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import lyra_ops
-from lyra_ops import TokenSelection, gather_tokens, select_tokens
+from lyra_ops import TokenSelection, _loader, gather_tokens, select_tokens, select_tokens_packed
 
+compiled = pytest.mark.skipif(_loader.failure() is not None, reason=str(_loader.failure()))
+on_each_backend = pytest.mark.parametrize("backend", [pytest.param("cpu", marks=compiled), "reference"])
 NUMBERS = [0.0, -0.0, 0.5, -0.5, 0.25, 1e-45, -1e-45, 3e38, math.inf, -math.inf, math.nan]
 
 
@@ -71,9 +74,10 @@ def selections(draw) -> dict:
     return case
 
 
-@settings(max_examples=300, deadline=None)
-@given(selections(), st.sampled_from([torch.float32, torch.float64]))
-def test_same_as_sorting(case: dict, dtype: torch.dtype):
+@on_each_backend
+@settings(max_examples=200, deadline=None)
+@given(case=selections(), dtype=st.sampled_from([torch.float32, torch.float64]))
+def test_same_as_sorting(case: dict, dtype: torch.dtype, backend: str):
     batch, length = len(case["scores"]), len(case["scores"][0])
     scores = torch.tensor(case["scores"], dtype=dtype).view(batch, length)
     options = {
@@ -101,18 +105,68 @@ def test_same_as_sorting(case: dict, dtype: torch.dtype):
         )
         for b in range(batch)
     ]
-    arguments = {"keep": keep, "min_keep": case["min_keep"], **options}
-    assert_selects(select_tokens(scores, candidates, **arguments), expected, length)
+    arguments = {"keep": keep, "min_keep": case["min_keep"], "backend": backend, **options}
+    selection = select_tokens(scores, candidates, **arguments)
+    assert_selects(selection, expected, length)
     assert_selects(select_tokens(scores, candidates, capacity=length, **arguments), expected, length, width=length)
+    assert_laid_out(selection, partial(select_tokens, scores, candidates, **arguments))
+
+    # The same samples one after the other, with tokens in front and behind that belong to none.
+    packed = {name: None if t is None else F.pad(t.flatten(), (1, 2), value=1) for name, t in options.items()} | {
+        "keep": keep,
+        "min_keep": case["min_keep"],
+        "backend": backend,
+    }
+    if options["segments"] is None or not isinstance(keep, Tensor) or keep.ndim == 1:
+        starts = torch.arange(batch + 1, dtype=torch.int32) * length + 1
+        flat = [F.pad(t.flatten(), (1, 2), value=1) for t in (scores, candidates)]
+        got = select_tokens_packed(*flat, starts, **packed)
+        alike = select_tokens(scores, candidates, layout="packed", **arguments)
+        assert torch.equal(got.index, alike.index + 1)
+        assert torch.equal(got.lengths, alike.lengths)
+        assert torch.equal(got.inverse[1:-2], alike.inverse.flatten())
+        assert got.inverse[[0, -2, -1]].tolist() == [-1, -1, -1]
 
 
-@pytest.mark.parametrize("n", [0, 1, 2, 31, 32, 33, 100, 4097])
-def test_same_as_a_stable_sort_of_torch(n: int):
-    scores = torch.randn(2, n, generator=torch.Generator().manual_seed(n)).mul(8).round().div(8)  # many ties
+def assert_laid_out(selection: TokenSelection, select):
+    """The same tokens, padded on the left and packed."""
+    for capacity in (None, selection.inverse.shape[1]):
+        left = select(layout="left", capacity=capacity)
+        assert torch.equal(left.lengths, selection.lengths)
+        for b, n in enumerate(selection.lengths.tolist()):
+            pad = left.index.shape[1] - n
+            assert left.index[b].tolist() == [-1] * pad + selection.index[b, :n].tolist()
+            assert torch.equal(left.inverse[b], (selection.inverse[b] + pad).where(selection.mask[b], -1))
+    packed = select(layout="packed")
+    length = selection.inverse.shape[1]
+    flat = [b * length + i for b, row in enumerate(selection.index.tolist()) for i in row if i >= 0]
+    assert packed.index.tolist() == flat
+    assert packed.inverse.flatten()[packed.index].tolist() == list(range(len(flat)))
+    assert torch.equal(packed.mask, selection.mask)
+    roomy = select(layout="packed", capacity=selection.inverse.numel())
+    assert torch.equal(roomy.index[: len(flat)], packed.index) and (roomy.index[len(flat) :] == -1).all()
+    assert torch.equal(roomy.inverse, packed.inverse)
+
+
+@on_each_backend
+@pytest.mark.parametrize("n", [0, 1, 2, 31, 32, 33, 100, 4097, 131072])
+def test_same_as_a_stable_sort_of_torch(n: int, backend: str):
+    scores = torch.randn(2, n, generator=torch.Generator().manual_seed(n))
     everything = torch.ones(2, n, dtype=torch.bool)
-    for k in {0, min(1, n), n // 2, max(n - 1, 0), n}:
-        best = scores.argsort(dim=1, descending=True, stable=True)[:, :k].sort(dim=1).values
-        assert torch.equal(select_tokens(scores, everything, keep=k).index, best)
+    for values in (scores, scores.mul(8).round().div(8), scores * 1e-40):  # all different, many ties, subnormal
+        for k in {0, min(1, n), n // 2, max(n - 1, 0), n}:
+            best = values.argsort(dim=1, descending=True, stable=True)[:, :k].sort(dim=1).values
+            assert torch.equal(select_tokens(values, everything, keep=k, backend=backend).index, best)
+
+
+@compiled
+def test_many_small_segments():
+    g = torch.Generator().manual_seed(2)
+    scores, everything = torch.rand(2, 4000, generator=g), torch.ones(2, 4000, dtype=torch.bool)
+    segments = torch.randint(0, 900, (2, 4000), generator=g)
+    options = {"keep": 0.4, "min_keep": 1, "segments": segments, "bias": torch.rand(4000, generator=g)}
+    got, plain = (select_tokens(scores, everything, backend=b, **options) for b in ("cpu", "reference"))
+    assert all(map(torch.equal, got, plain))
 
 
 def test_all_equal_keeps_the_first():
@@ -250,6 +304,8 @@ SELECT_ERRORS = {
     ),
     "capacity: got 5, expected at most the 4 tokens": (S, C, {"keep": 1, "capacity": 5}),
     "capacity: got 2, but sample 0 keeps 3 tokens": (S, C, {"keep": 3, "capacity": 2}),
+    "capacity: got 5, but the samples keep 6 tokens": (S, C, {"keep": 3, "capacity": 5, "layout": "packed"}),
+    "layout: got 'up', expected one of 'right', 'left', 'packed'": (S, C, {"keep": 3, "layout": "up"}),
     "backend: 'triton' cannot serve this call of select_tokens": (S, C, {"keep": 1, "backend": "triton"}),
 }
 
@@ -261,9 +317,17 @@ def test_select_errors_name_the_argument(message: str):
         select_tokens(scores, candidates, **options)
 
 
-def test_gather_is_indexing():
+@on_each_backend
+@pytest.mark.parametrize("layout", ["right", "left", "packed", "packed in"])
+def test_gather_is_indexing(layout: str, backend: str):
     scores, candidates, real = random_case()
-    selection = select_tokens(scores, candidates, keep=0.4, key_mask=real)
+    options = {"keep": 0.4, "backend": backend}
+    if packed_in := layout == "packed in":
+        flat = (t.flatten() for t in (scores, candidates))
+        cu_seqlens = torch.tensor([0, 50, 100, 150], dtype=torch.int32)
+        selection = select_tokens_packed(*flat, cu_seqlens, key_mask=real.flatten(), **options)
+    else:
+        selection = select_tokens(scores, candidates, key_mask=real, layout=layout, **options)
     tensors = {
         "hidden": torch.randn(3, 50, 8).bfloat16(),
         "labels": torch.randint(0, 99, (3, 50)),
@@ -273,35 +337,43 @@ def test_gather_is_indexing():
         "cos": torch.randn(3, 3, 50, 4),
         "key": torch.randn(3, 2, 50, 6).transpose(1, 2),
         "strided": torch.randn(50, 6, 3).permute(2, 0, 1)[:, :, ::2],
+        "transposed": torch.randn(5, 3, 50, 3, 4).transpose(-1, -2),
+        "expanded": torch.randn(50, 1).expand(3, 50, 5),
+        "complex": torch.randn(3, 50, dtype=torch.complex128),
         "empty": torch.randn(3, 50, 0),
     }
-    got = gather_tokens(selection, *tensors.values(), fill=[-1 if name == "labels" else 0 for name in tensors])
+    planes = {name: int(t.shape[1:3] == (3, 50)) for name, t in tensors.items()}
+    given = {name: t.flatten(planes[name], planes[name] + 1) if packed_in else t for name, t in tensors.items()}
+    got = gather_tokens(selection, *given.values(), fill=[-1 if n == "labels" else 0 for n in given], backend=backend)
     assert isinstance(got, tuple)
     for (name, tensor), result in zip(tensors.items(), got):
-        planes = name in ("positions", "planes", "cos")
+        lead = tensor.shape[: planes[name]]
         assert result.dtype == tensor.dtype
-        lead = tensor.shape[:1] if planes else ()
-        assert result.shape == (*lead, *selection.index.shape, *tensor.shape[2 + planes :])
-        for b, n in enumerate(selection.lengths.tolist()):
-            tokens = selection.index[b, :n]
-            mine, source = (result[:, b], tensor[:, b]) if planes else (result[None, b], tensor[None, b])
-            assert torch.equal(mine[:, :n], source[:, tokens]), name
-            assert (mine[:, n:] == (-1 if name == "labels" else 0)).all(), name
+        assert result.shape == (*lead, *selection.index.shape, *tensor.shape[len(lead) + 2 :])
+        result, tensor = (result, tensor) if lead else (result[None], tensor[None])
+        real = selection.key_mask
+        assert torch.equal(result[:, real], tensor[:, selection.mask.view(3, 50)]), name
+        assert (result[:, ~real] == (-1 if name == "labels" else 0)).all(), name
 
 
-def test_gather_gradients():
+@on_each_backend
+@pytest.mark.parametrize("layout", ["right", "left", "packed"])
+def test_gather_gradients(layout: str, backend: str):
     scores, candidates, real = random_case(2, 9)
-    selection = select_tokens(scores, candidates, keep=0.4, key_mask=real)
+    selection = select_tokens(scores, candidates, keep=0.4, key_mask=real, layout=layout, capacity=9)
     assert selection.lengths[0] != selection.lengths[1]
     hidden = torch.randn(2, 9, 3, dtype=torch.float64, requires_grad=True)
     cos = torch.randn(3, 2, 9, 2, dtype=torch.float64, requires_grad=True)
 
     def gather(*tensors: Tensor) -> tuple[Tensor, ...]:
-        return gather_tokens(selection, *tensors, torch.arange(18).view(2, 9), fill=2)[:2]
+        return gather_tokens(selection, *tensors, torch.arange(18).view(2, 9), fill=2, backend=backend)[:2]
 
     assert torch.autograd.gradcheck(gather, (hidden, cos))
     assert torch.autograd.gradgradcheck(gather, (hidden, cos))
     assert torch.autograd.gradcheck(gather, (hidden, cos.detach()))
+    # What nobody asks the gradient of is not computed, and what has none does not stand in the way.
+    (grad,) = torch.autograd.grad(gather(hidden, cos)[1].sum(), cos)
+    assert torch.equal(grad, selection.mask.double()[None, ..., None].expand_as(cos))
 
 
 def test_gather_backward_is_that_of_indexing():
@@ -339,7 +411,18 @@ GATHER_ERRORS = {
     "tensors[0]: got a tensor on meta, expected cpu": (SELECTION, [torch.zeros(2, 4, device="meta")], {}),
     "fill: got 1 numbers, expected one, or one for each of 2": (SELECTION, [torch.zeros(2, 4)] * 2, {"fill": [0]}),
     "fill: got str, expected a number": (SELECTION, [torch.zeros(2, 4)], {"fill": "0"}),
-    "backend: 'cpu' cannot serve this call of gather_tokens": (SELECTION, [torch.zeros(2, 4)], {"backend": "cpu"}),
+    "fill: got bool for tensors[0], expected a number": (SELECTION, [torch.zeros(2, 4)], {"fill": [True]}),
+    "fill: got 0.5 for tensors[1], expected a number that torch.int64 holds": (
+        SELECTION,
+        [torch.zeros(2, 4), torch.zeros(2, 4).long()],
+        {"fill": 0.5},
+    ),
+    "fill: got -100 for tensors[0], expected a number that torch.uint8 holds": (
+        SELECTION,
+        [torch.zeros(2, 4).byte()],
+        {"fill": -100},
+    ),
+    "backend: 'cuda' cannot serve this call of gather_tokens": (SELECTION, [torch.zeros(2, 4)], {"backend": "cuda"}),
 }
 
 
@@ -348,6 +431,45 @@ def test_gather_errors_name_the_argument(message: str):
     selection, tensors, options = GATHER_ERRORS[message]
     with pytest.raises((ValueError, TypeError), match="^" + re.escape(message)):
         gather_tokens(selection, *tensors, **options)
+
+
+PACKED = torch.arange(2, dtype=torch.int32) * 4
+PACKED_ERRORS = {
+    "scores: got shape (2, 4), expected (T,)": (S, C, PACKED, {}),
+    "cu_seqlens: got dtype int64, expected int32": (S[0], C[0], PACKED.long(), {}),
+    "cu_seqlens: got [0, 5], expected increasing places from 0 to 4": (S[0], C[0], PACKED * 5 // 4, {}),
+    "cu_seqlens: got [4, 0], expected increasing": (S[0], C[0], PACKED.flip(0), {}),
+    "cu_seqlens: got no numbers": (S[0], C[0], PACKED[:0], {}),
+    "keep: got shape (2,), expected (1,)": (S[0], C[0], PACKED, {"keep": torch.ones(2).long()}),
+    "segments: candidate 0 has 9, expected 0 to 3": (S[0], C[0], PACKED, {"segments": S[0].long() + 9}),
+    "capacity: got 2, but the samples keep 3": (S[0], C[0], PACKED, {"capacity": 2}),
+}
+
+
+@pytest.mark.parametrize("message", PACKED_ERRORS)
+def test_packed_errors_name_the_argument(message: str):
+    scores, candidates, cu_seqlens, options = PACKED_ERRORS[message]
+    with pytest.raises((ValueError, TypeError), match="^" + re.escape(message)):
+        select_tokens_packed(scores, candidates, cu_seqlens, **{"keep": 3, **options})
+
+
+@compiled
+def test_raw_ops_pass_opcheck():
+    scores, candidates, real = random_case(2, 9)
+    raw = torch.ops.lyra.token_select_select
+    for layout in (0, 1, 2):
+        torch.library.opcheck(raw, (scores, candidates, real, None, None, 0.5, None, 2, 9, layout, None))
+    segments, counts = torch.randint(0, 3, (2, 9)), torch.randint(0, 3, (2, 3))
+    torch.library.opcheck(raw, (scores.double(), candidates, None, segments, counts, None, None, 0, 9, 0, None))
+    starts = torch.tensor([0, 4, 9], dtype=torch.int32)
+    torch.library.opcheck(raw, (scores[:1], candidates[:1], None, None, None, None, 3, 0, 9, 2, starts))
+    index = torch.tensor([[0, 8, -1], [3, -1, -1]])
+    tensors = [torch.randn(2, 9, 4), torch.randn(3, 2, 9).bfloat16(), torch.rand(2, 9) < 0.5]
+    raw = torch.ops.lyra.token_select_gather
+    torch.library.opcheck(raw, (tensors, index, [False, True, False], [0.0, -1.5, 1.0], False))
+    torch.library.opcheck(raw, (tensors, index.view(1, 6), [False, True, False], [0.0, -1.5, 1.0], True))
+    with pytest.raises(RuntimeError, match="index: got 9, expected -1 to 8"):
+        raw(tensors[:1], index + 1, [False], [0.0], False)
 
 
 def drop(query: Tensor, key: Tensor, candidates: Tensor, keep: Tensor, hidden: Tensor) -> tuple[Tensor, ...]:

@@ -299,8 +299,9 @@ def test_compiled_on_a_cpu():
     assert_within_reference_error(results[0], plain, formula(query, key, causal=True, **options))
     assert torch.equal(results[1], results[0]) and torch.equal(results[2], results[0])
     weights = torch.full((2, 4), 0.25)
-    raw = torch.ops.lyra.token_scores
-    torch.library.opcheck(raw, (query, key, options["query_mask"], options["key_mask"], weights, 0.3, True, None))
+    masks = options["query_mask"], options["key_mask"], None, None
+    raw = torch.ops.lyra.token_select_scores
+    torch.library.opcheck(raw, (query, key, *masks, weights, 0.3, True, None, False, None, None))
 
 
 def test_backend_by_name():

@@ -1,364 +1,374 @@
-// Token scores: the schema of the raw op, and its CPU implementation.
+// Token selection: the schemas of the raw ops, and the CPU implementation of select and gather (scores:
+// token_scores.cpp).
 //
-//     score_k = sum_h w_h mean_q softmax_k(scale Q_q^h . K_k^(h / G)),   G = Hq / Hkv query heads per key head
+// token_select_select.  Floats become integers of the same order (-0 is 0, NaN below all), the k-th largest of which is
+// found by radix, eight bits at a time over what is left. Then one scan in the order of the tokens decides (above the
+// k-th, or equal to it while places last, so that the lower index wins), counts and writes both maps.
+//   keep      (B,) or with segments (B, S), int64 counts or float64 shares; or share, or count: one of the three
+//   layout    0, 1: index (B, capacity) holds places in the sample, with -1 behind or in front; inverse (B, L) columns
+//             2: index (1, capacity) holds b L + place, sample after sample, -1 behind the last
+//   capacity  what does not fit is left out, and lengths tell
+//   cu_seqlens  int32 (B + 1,): tensors (1, T) hold the samples one after the other; layout 2, index places in T
 //
-// Two passes over the keys, neither of which keeps more than a block of logits: the first finds each row's largest
-// logit and its sum of powers, the second adds up the shares of each key. With `lse` there is only the second. Logits
-// are in units of log 2, so that powers are powers of two. Rows that count and keys that are real are brought together
-// first, so padding costs nothing and moves no block boundary; blocks and splits have constant sizes. So a sample gets
-// the same bits in any batch and with any number of threads.
-//
-// Memory: a row takes 4 D bytes and 8 per split of kSplit keys, a key 4 bytes and its 4-byte result, a thread one block
-// of keys and one strip of logits.
+// token_select_gather.  Copies the rows of (B, L, ...), or (P, B, L, ...) where planes says so, that index (Bo, K)
+// names:
+//   out[b, k] = in[b, index[b, k]], or with flat in[v / L, v % L], v = index[b, k]; fill where index is -1.
+// Its backward is itself, by the inverse map: no two tokens share a place.
+#include "token_select.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cmath>
-#include <cstdint>
 #include <cstring>
 #include <limits>
-#include <new>
 #include <optional>
+#include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "lyra/check.h"
-#include "lyra/simd.h"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lyra, m) {
   m.def(
-      "token_scores(Tensor query, Tensor key, Tensor? query_mask, Tensor? key_mask, Tensor head_weights, float scale,"
-      " bool causal, Tensor? lse) -> Tensor");
+      "token_select_scores(Tensor query, Tensor key, Tensor? query_mask, Tensor? key_mask, Tensor? key_limits,"
+      " Tensor? key_bias, Tensor? head_weights, float scale, bool causal, Tensor? lse, bool per_head,"
+      " Tensor? cu_seqlens_q, Tensor? cu_seqlens_k) -> Tensor");
+  m.def(
+      "token_select_select(Tensor scores, Tensor candidates, Tensor? key_mask, Tensor? segments, Tensor? keep, float? "
+      "share,"
+      " SymInt? count, SymInt min_keep, SymInt capacity, int layout, Tensor? cu_seqlens)"
+      " -> (Tensor index, Tensor lengths, Tensor inverse)");
+  m.def("token_select_gather(Tensor[] tensors, Tensor index, bool[] planes, float[] fill, bool flat) -> Tensor[]");
 }
 
-namespace lyra {
+namespace lyra::token_select {
 namespace {
 
-constexpr int kLanes = 16;  // keys side by side in a vector
-constexpr int kPair = 2 * kLanes;
-constexpr int kRows = 8;      // query rows of a strip: kRows x kPair sums stay in registers
-constexpr int kKeys = 256;    // keys of a block
-constexpr int kSplit = 2048;  // keys of a task of the first pass
-constexpr float kNone = -std::numeric_limits<float>::infinity();
+enum Layout : int64_t { kRight = 0, kLeft = 1, kPacked = 2 };
 
-typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
-typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t))));
+// Integers in the order of the floats.
+template <typename S>
+auto ordered(S value) {
+  using Int = std::conditional_t<sizeof(S) == 4, uint32_t, uint64_t>;
+  constexpr Int kSign = Int(1) << (8 * sizeof(S) - 1);
+  if (value != value) return Int(0);
+  const Int bits = std::bit_cast<Int>(value == 0 ? S(0) : value);
+  return bits & kSign ? ~bits : bits | kSign;
+}
 
-template <typename V>
-class Buffer {  // not std::vector, whose allocator sees the element's type without its alignment
- public:
-  explicit Buffer(int64_t size) : data_(new (std::align_val_t{64}) V[size]) {}
-  ~Buffer() { ::operator delete[](data_, std::align_val_t{64}); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  V* data() { return data_; }
+// The budget of one segment of one sample. Of the tokens whose number equals `last`, the first `equal` stay.
+template <typename Int>
+struct Budget {
+  int64_t candidates = 0, kept = 0, equal = 0;
+  Int last = 0;
+};
+
+// The k-th largest of the keys, 1 <= k <= n, and how many of those equal to it are among the first k. Reorders the
+// keys.
+template <typename Int>
+void find_last(Int* keys, int64_t n, Budget<Int>& budget) {
+  int64_t k = budget.kept;
+  for (int shift = 8 * sizeof(Int) - 8; n > k && shift >= 0; shift -= 8) {
+    std::array<int32_t, 256> counts{};
+    for (int64_t i = 0; i < n; ++i) ++counts[keys[i] >> shift & 255];
+    Int digit = 255;
+    while (counts[digit] < k) k -= counts[digit--];
+    int64_t left = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      keys[left] = keys[i];
+      left += (keys[i] >> shift & 255) == digit;
+    }
+    n = left;
+  }
+  budget.last = *std::min_element(keys, keys + n);
+  budget.equal = n > k ? k : std::count(keys, keys + n, budget.last);
+}
+
+struct Selection {
+  std::optional<Tensor> keep;
+  std::optional<double> share;
+  std::optional<int64_t> count;
+  int64_t min_keep, segments;
+
+  int64_t budget(int64_t sample, int64_t segment, int64_t candidates) const {
+    int64_t k = count.value_or(0);
+    std::optional<double> part = share;
+    if (keep) {
+      const int64_t at = keep->dim() == 1 ? sample : sample * segments + segment;
+      if (keep->scalar_type() == ScalarType::Double)
+        part = keep->const_data_ptr<double>()[at];
+      else
+        k = keep->const_data_ptr<int64_t>()[at];
+    }
+    if (part) {
+      const double exact = std::floor(*part * static_cast<double>(candidates));
+      k = !(exact > 0) ? 0 : static_cast<int64_t>(std::min(exact, static_cast<double>(candidates)));
+    }
+    return std::min(candidates, std::max(min_keep, k));
+  }
+};
+
+// One sample: tokens first .. first + length - 1 of the flat batch.
+template <typename S>
+struct Sample {
+  using Int = decltype(ordered(S()));
+  const S* scores;
+  const bool *candidates, *real;
+  const int64_t* segment_of;
+  int64_t segments, first, length;
+  std::vector<Budget<Int>> budgets;
+  int64_t kept = 0;
+
+  bool is_real(int64_t i) const { return !real || real[first + i]; }
+  // -1: not a candidate
+  int64_t segment(int64_t i) const {
+    if (!candidates[first + i]) return -1;
+    const int64_t segment = segment_of ? segment_of[first + i] : 0;
+    return segment < segments ? std::max<int64_t>(segment, -1) : -1;
+  }
+
+  void decide(int64_t sample, const Selection& selection) {
+    for (int64_t i = 0; i < length; ++i) {
+      if (!is_real(i)) continue;
+      const int64_t s = segment(i);
+      if (s >= static_cast<int64_t>(budgets.size())) budgets.resize(s + 1);
+      s < 0 ? ++kept : ++budgets[s].candidates;
+    }
+    std::vector<int64_t> ends;
+    int64_t total = 0;
+    for (Budget<Int>& budget : budgets) {
+      budget.kept = selection.budget(sample, static_cast<int64_t>(ends.size()), budget.candidates);
+      kept += budget.kept;
+      ends.push_back(total);
+      total += budget.candidates;
+    }
+    std::vector<Int> keys(total);
+    for (int64_t i = 0; i < length; ++i) {
+      const int64_t s = is_real(i) ? segment(i) : -1;
+      if (s >= 0) keys[ends[s]++] = ordered(scores[first + i]);
+    }
+    Int* of_segment = keys.data();
+    for (Budget<Int>& budget : budgets) {
+      if (budget.kept > 0) find_last(of_segment, budget.candidates, budget);
+      of_segment += budget.candidates;
+    }
+  }
+
+  bool stays(int64_t i) {
+    if (!is_real(i)) return false;
+    const int64_t s = segment(i);
+    if (s < 0) return true;
+    Budget<Int>& budget = budgets[s];
+    const Int value = ordered(scores[first + i]);
+    return budget.kept > 0 && (value > budget.last || (value == budget.last && budget.equal-- > 0));
+  }
+};
+
+std::optional<Tensor> checked(const char* name, const std::optional<Tensor>& given, int64_t batch, int64_t length,
+                              ScalarType type) {
+  if (!given) return std::nullopt;
+  check_shape(name, *given, {batch, length});
+  check_dtype(name, *given, type);
+  return torch::stable::contiguous(*given);
+}
+
+template <typename T>
+const T* data(const std::optional<Tensor>& t) {
+  return t ? t->const_data_ptr<T>() : nullptr;
+}
+
+std::tuple<Tensor, Tensor, Tensor> select_tokens(const Tensor& given_scores, const Tensor& given_candidates,
+                                                 const std::optional<Tensor>& key_mask,
+                                                 const std::optional<Tensor>& segments,
+                                                 const std::optional<Tensor>& keep, std::optional<double> share,
+                                                 std::optional<int64_t> count, int64_t min_keep, int64_t capacity,
+                                                 int64_t layout, const std::optional<Tensor>& cu_seqlens) {
+  check_shape("scores", given_scores, {kAny, kAny});
+  const Tensor scores = torch::stable::contiguous(given_scores);
+  const ScalarType type = scores.scalar_type();
+  check(type == ScalarType::Float || type == ScalarType::Double, "scores: got dtype ",
+        torch::headeronly::toString(type), ", expected float32 or float64");
+  const int64_t rows = scores.size(0), length = scores.size(1);
+  const std::optional<Tensor> candidates = checked("candidates", given_candidates, rows, length, ScalarType::Bool);
+  const std::optional<Tensor> real = checked("key_mask", key_mask, rows, length, ScalarType::Bool);
+  const std::optional<Tensor> segment_of = checked("segments", segments, rows, length, ScalarType::Long);
+  check(layout >= kRight && layout <= kPacked, "layout: got ", layout, ", expected 0, 1 or 2");
+  check(min_keep >= 0 && capacity >= 0, "got min_keep ", min_keep, " and capacity ", capacity, ", expected at least 0");
+
+  std::vector<int64_t> starts;  // of the samples in the flat batch, and the end
+  if (cu_seqlens) {
+    check(rows == 1 && layout == kPacked, "cu_seqlens: got ", rows, " rows and layout ", layout, ", expected 1 and 2");
+    check_shape("cu_seqlens", *cu_seqlens, {kAny});
+    check_dtype("cu_seqlens", *cu_seqlens, ScalarType::Int);
+    const Tensor flat = torch::stable::contiguous(*cu_seqlens);
+    starts.assign(flat.const_data_ptr<int32_t>(), flat.const_data_ptr<int32_t>() + flat.numel());
+    check(!starts.empty() && starts[0] >= 0 && starts.back() <= length && std::is_sorted(starts.begin(), starts.end()),
+          "cu_seqlens: expected increasing places from 0 to ", length);
+  } else {
+    for (int64_t b = 0; b <= rows; ++b) starts.push_back(b * length);
+  }
+  const int64_t batch = static_cast<int64_t>(starts.size()) - 1;
+
+  check(keep.has_value() + share.has_value() + count.has_value() == 1, "keep, share, count: expected exactly one");
+  Selection selection{std::nullopt, share, count, min_keep, segments ? length : 1};
+  if (keep) {
+    check(keep->dim() == 1 || (keep->dim() == 2 && segments), "keep: got shape ", shape_string(*keep));
+    check(keep->size(0) == batch, "keep: got ", keep->size(0), " samples, expected ", batch);
+    check(keep->scalar_type() == ScalarType::Long || keep->scalar_type() == ScalarType::Double, "keep: got dtype ",
+          torch::headeronly::toString(keep->scalar_type()), ", expected int64 or float64");
+    selection.keep = torch::stable::contiguous(*keep);
+    if (keep->dim() == 2) selection.segments = keep->size(1);
+  }
+
+  Tensor index = torch::stable::new_empty(scores, {layout == kPacked ? 1 : batch, capacity}, ScalarType::Long);
+  Tensor lengths = torch::stable::new_empty(scores, {batch}, ScalarType::Long);
+  Tensor inverse = torch::stable::new_empty(scores, {rows, length}, ScalarType::Long);
+  int64_t *to = index.mutable_data_ptr<int64_t>(), *place_of = inverse.mutable_data_ptr<int64_t>();
+  std::fill(to, to + index.numel(), -1);
+  std::fill(place_of, place_of + inverse.numel(), -1);
+
+  const auto go = [&]<typename S>(S) {
+    std::vector<Sample<S>> samples;
+    for (int64_t b = 0; b < batch; ++b) {
+      samples.push_back({scores.const_data_ptr<S>(),
+                         data<bool>(candidates),
+                         data<bool>(real),
+                         data<int64_t>(segment_of),
+                         selection.segments,
+                         starts[b],
+                         starts[b + 1] - starts[b],
+                         {}});
+    }
+    torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) samples[b].decide(b, selection);
+    });
+    std::vector<int64_t> columns(batch);  // of each sample's first token
+    int64_t total = 0;
+    for (int64_t b = 0; b < batch; ++b) {
+      const int64_t kept = samples[b].kept;
+      lengths.mutable_data_ptr<int64_t>()[b] = kept;
+      columns[b] = layout == kRight ? 0 : layout == kLeft ? capacity - kept : total;
+      total += kept;
+    }
+    torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) {
+        Sample<S>& sample = samples[b];
+        int64_t column = columns[b];
+        int64_t* row = layout == kPacked ? to : to + b * capacity;
+        const int64_t origin = layout == kPacked ? sample.first : 0;
+        for (int64_t i = 0; i < sample.length; ++i) {
+          if (!sample.stays(i)) continue;
+          if (column >= 0 && column < capacity) {
+            row[column] = origin + i;
+            place_of[sample.first + i] = column;
+          }
+          ++column;
+        }
+      }
+    });
+  };
+  type == ScalarType::Float ? go(float{}) : go(double{});
+  return {index, lengths, inverse};
+}
+
+// How the bytes of one token lie: runs of `run` bytes at every combination of the outer dimensions.
+struct Token {
+  struct Dim {
+    int64_t size, stride;  // in bytes
+  };
+  std::vector<Dim> dims;
+  int64_t run, bytes;
+
+  Token(const Tensor& t, int64_t from) : run(static_cast<int64_t>(t.element_size())), bytes(run) {
+    for (int64_t d = t.dim() - 1; d >= from; --d) {
+      const int64_t size = t.size(d), stride = t.stride(d) * static_cast<int64_t>(t.element_size());
+      bytes *= size;
+      if (size == 1) continue;
+      if (dims.empty() && stride == run)
+        run *= size;
+      else
+        dims.push_back({size, stride});
+    }
+  }
+
+  void copy(const char* from, char* to) const { copy(from, to, static_cast<int64_t>(dims.size()) - 1); }
 
  private:
-  V* data_;
+  char* copy(const char* from, char* to, int64_t d) const {
+    if (d < 0) {
+      std::memcpy(to, from, run);
+      return to + run;
+    }
+    for (int64_t i = 0; i < dims[d].size; ++i) to = copy(from + i * dims[d].stride, to, d - 1);
+    return to;
+  }
 };
 
-// 2^x; 0 below the normal numbers, NaN for NaN.
-LYRA_INLINE Vec exp2(Vec x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which its low bits show
-  x = x > 128.0f ? Vec{} + 128.0f : x;
-  const Vec rounded = x + kRound;
-  const Ints integer = std::bit_cast<Ints>(rounded) - std::bit_cast<int32_t>(kRound);
-  const Vec y = (x - (rounded - kRound)) * 0.6931471805599453f;
-  Vec series = Vec{} + 1.0f;
-  for (int n = 7; n > 0; --n) series = 1.0f + series * y * (1.0f / static_cast<float>(n));
-  const Vec power = series * std::bit_cast<Vec>((integer + 127) << 23);
-  return x < -126.0f ? Vec{} : power;
-}
-
-// One sample, as both passes see it.
-struct Sample {
-  const void *query, *key;
-  int64_t query_strides[3], key_strides[3];  // head, row, channel
-  int64_t heads, kv_heads, dim;
-  std::vector<int32_t> rows, row_place;  // rows that count, and the last key that each of them sees
-  std::vector<int32_t> keys;             // keys that are real, increasing
-  int64_t group_rows = 0;                // heads / kv_heads * rows, filled up to strips
-};
-
-// The rows of a key head: row r of its g-th query head is number g * rows + r.
-struct Group {
-  const float* query;     // (group_rows, dim), times scale log2(e)
-  const int32_t* places;  // (group_rows,), -1 for what fills the last strip
-};
-
-template <typename S>
-LYRA_INLINE void load_keys(const Sample& s, int64_t head, int64_t first, int64_t count, float* to, int32_t* places) {
-  // (pair of vectors, channel, key of the pair)
-  const int64_t row = s.key_strides[1], step = s.key_strides[2];
-  const S* base = static_cast<const S*>(s.key) + head * s.key_strides[0];
-  const int64_t filled = (count + kPair - 1) / kPair * kPair;
-  for (int64_t k = 0; k < filled; ++k) {
-    float* column = to + k / kPair * kPair * s.dim + k % kPair;
-    places[k] = k < count ? s.keys[first + k] : std::numeric_limits<int32_t>::max();
-    if (k >= count) {
-      for (int64_t d = 0; d < s.dim; ++d) column[d * kPair] = 0;
-      continue;
-    }
-    const S* from = base + places[k] * row;
-    for (int64_t d = 0; d < s.dim; ++d) column[d * kPair] = static_cast<float>(from[d * step]);
+Tensor gather(const Tensor& tensor, const Tensor& index, bool planes, double fill, bool flat) {
+  check(tensor.dim() >= 2 + planes, "tensors: got shape ", shape_string(tensor));
+  const int64_t n_planes = planes ? tensor.size(0) : 1, length = tensor.size(1 + planes), batch = tensor.size(planes);
+  const int64_t rows = index.size(0), columns = index.size(1), places = flat ? batch * length : length;
+  check(flat || rows == batch, "tensors: got shape ", shape_string(tensor), " for an index of ", rows, " samples");
+  const int64_t* from_place = index.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < rows * columns; ++i) {
+    check(from_place[i] >= -1 && from_place[i] < places, "index: got ", from_place[i], ", expected -1 to ", places - 1);
   }
-}
 
-void load_keys(ScalarType type, const Sample& s, int64_t head, int64_t first, int64_t count, float* to,
-               int32_t* places) {
-  if (type == ScalarType::Float) return load_keys<float>(s, head, first, count, to, places);
-  if (type == ScalarType::Half) return load_keys<torch::headeronly::Half>(s, head, first, count, to, places);
-  load_keys<torch::headeronly::BFloat16>(s, head, first, count, to, places);
-}
+  std::vector<int64_t> shape;
+  if (planes) shape.push_back(n_planes);
+  shape.insert(shape.end(), {rows, columns});
+  for (int64_t d = 2 + planes; d < tensor.dim(); ++d) shape.push_back(tensor.size(d));
+  Tensor result = torch::stable::new_empty(tensor, shape);
+  const Token token(tensor, 2 + planes);
+  if (token.bytes == 0) return result;
+  const int64_t item = static_cast<int64_t>(tensor.element_size());
+  const Tensor one = torch::stable::full({1}, fill, tensor.scalar_type());
+  const char *base = static_cast<const char*>(tensor.const_data_ptr()),
+             *nothing = static_cast<const char*>(one.const_data_ptr());
+  char* to = static_cast<char*>(result.mutable_data_ptr());
+  const int64_t plane_stride = planes ? tensor.stride(0) * item : 0;
+  const int64_t row_stride = tensor.stride(planes) * item, place_stride = tensor.stride(1 + planes) * item;
 
-template <typename S>
-void load_rows(const Sample& s, int64_t head, double scale, float* to, int32_t* places) {
-  const int64_t group = s.heads / s.kv_heads, n = static_cast<int64_t>(s.rows.size());
-  std::fill(to, to + s.group_rows * s.dim, 0.0f);
-  std::fill(places, places + s.group_rows, -1);
-  for (int64_t g = 0; g < group; ++g) {
-    const S* base = static_cast<const S*>(s.query) + (head * group + g) * s.query_strides[0];
-    for (int64_t r = 0; r < n; ++r) {
-      const S* from = base + s.rows[r] * s.query_strides[1];
-      float* row = to + (g * n + r) * s.dim;
-      for (int64_t d = 0; d < s.dim; ++d) {
-        row[d] = static_cast<float>(static_cast<float>(from[d * s.query_strides[2]]) * scale);
+  const int64_t grain = 1 + (1 << 16) / token.bytes;
+  torch::stable::parallel_for(0, n_planes * rows * columns, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      const int64_t at = n % (rows * columns), place = from_place[at];
+      char* out = to + n * token.bytes;
+      if (place < 0) {
+        for (int64_t byte = 0; byte < token.bytes; byte += item) std::memcpy(out + byte, nothing, item);
+        continue;
       }
-      places[g * n + r] = s.row_place[r];
-    }
-  }
-}
-
-// Logits of kRows rows against the keys of a block, -inf where a row does not see a key.
-LYRA_INLINE void strip(const float* query, const int32_t* row_places, const float* keys, const int32_t* key_places,
-                       int64_t vectors, int64_t dim, Vec (*logits)[kKeys / kLanes]) {
-  for (int64_t v = 0; v < vectors; v += 2) {
-    const float* panel = keys + v * kLanes * dim;
-    Vec sums[kRows][2] = {};
-    for (int64_t d = 0; d < dim; ++d) {
-      Vec a, b;
-      std::memcpy(&a, panel + d * kPair, sizeof(Vec));
-      std::memcpy(&b, panel + d * kPair + kLanes, sizeof(Vec));
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-        const float q = query[r * dim + d];
-        sums[r][0] += a * q;
-        sums[r][1] += b * q;
-      }
-    }
-    Ints place[2];
-    std::memcpy(place, key_places + v * kLanes, sizeof(place));
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      logits[r][v] = place[0] > row_places[r] ? Vec{} + kNone : sums[r][0];
-      logits[r][v + 1] = place[1] > row_places[r] ? Vec{} + kNone : sums[r][1];
-    }
-  }
-}
-
-// Takes a block of keys into the largest logit and the sum of powers of each row, lane by lane.
-LYRA_SIMD void add_norms(const Sample& s, const Group& group, const float* keys, const int32_t* places, int64_t vectors,
-                         Vec* largest, Vec* sum) {
-  Vec logits[kRows][kKeys / kLanes];
-  for (int64_t i = 0; i < s.group_rows; i += kRows) {
-    if (std::all_of(group.places + i, group.places + i + kRows, [&](int32_t p) { return p < places[0]; })) continue;
-    strip(group.query + i * s.dim, group.places + i, keys, places, vectors, s.dim, logits);
-    for (int r = 0; r < kRows; ++r) {
-      Vec top = largest[i + r];
-      for (int64_t v = 0; v < vectors; ++v) top = logits[r][v] > top ? logits[r][v] : top;
-      const Vec base = top == kNone ? Vec{} : top;
-      Vec total = sum[i + r] * exp2(largest[i + r] - base);
-      for (int64_t v = 0; v < vectors; ++v) total += exp2(logits[r][v] - base);
-      largest[i + r] = top;
-      sum[i + r] = total;
-    }
-  }
-}
-
-// Adds the shares 2^(logit - base) factor of all rows to the keys of a block.
-LYRA_SIMD void add_shares(const Sample& s, const Group& group, const float* base, const float* factor,
-                          const float* keys, const int32_t* places, int64_t vectors, Vec* totals) {
-  Vec logits[kRows][kKeys / kLanes];
-  for (int64_t i = 0; i < s.group_rows; i += kRows) {
-    if (std::all_of(group.places + i, group.places + i + kRows, [&](int32_t p) { return p < places[0]; })) continue;
-    strip(group.query + i * s.dim, group.places + i, keys, places, vectors, s.dim, logits);
-    for (int64_t v = 0; v < vectors; ++v) {
-      Vec total = {};
-      for (int r = 0; r < kRows; ++r) total += exp2(logits[r][v] - base[i + r]) * factor[i + r];
-      totals[v] += total;
-    }
-  }
-}
-
-struct Norm {
-  float largest = kNone, sum = 0;
-};
-
-// 2^(largest - base) sum, added in the order of the lanes or splits.
-Norm merge(const float* largest, const float* sum, int64_t count, int64_t stride) {
-  Norm norm;
-  for (int64_t i = 0; i < count; ++i) norm.largest = std::max(norm.largest, largest[i * stride]);
-  const float base = norm.largest == kNone ? 0 : norm.largest;
-  double total = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    total += std::exp2(static_cast<double>(largest[i * stride]) - base) * sum[i * stride];
-  }
-  norm.sum = static_cast<float>(total);
-  return norm;
-}
-
-void score_sample(const Sample& s, ScalarType type, const float* head_weights, double scale, const double* lse,
-                  int64_t lse_rows, float* scores) {
-  constexpr double kLog2e = 1.4426950408889634;
-  const int64_t n_keys = static_cast<int64_t>(s.keys.size()), n_rows = static_cast<int64_t>(s.rows.size());
-  const int64_t total_rows = s.kv_heads * s.group_rows, per_head = s.heads / s.kv_heads * n_rows;
-  Buffer<float> query(total_rows * s.dim), base(total_rows), factor(total_rows);
-  Buffer<int32_t> row_places(total_rows);
-  const auto group = [&](int64_t head) {
-    return Group{query.data() + head * s.group_rows * s.dim, row_places.data() + head * s.group_rows};
-  };
-  for (int64_t head = 0; head < s.kv_heads; ++head) {
-    float* to = query.data() + head * s.group_rows * s.dim;
-    int32_t* places = row_places.data() + head * s.group_rows;
-    if (type == ScalarType::Float)
-      load_rows<float>(s, head, scale * kLog2e, to, places);
-    else if (type == ScalarType::Half)
-      load_rows<torch::headeronly::Half>(s, head, scale * kLog2e, to, places);
-    else
-      load_rows<torch::headeronly::BFloat16>(s, head, scale * kLog2e, to, places);
-  }
-
-  const int64_t splits = lse ? 0 : (n_keys + kSplit - 1) / kSplit;
-  Buffer<float> split_largest(splits * total_rows), split_sum(splits * total_rows);
-  torch::stable::parallel_for(0, splits * s.kv_heads, 1, [&](int64_t begin, int64_t end) {
-    Buffer<float> keys(kKeys * s.dim);
-    Buffer<int32_t> places(kKeys);
-    Buffer<Vec> largest(s.group_rows), sum(s.group_rows);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t split = task / s.kv_heads, head = task % s.kv_heads;
-      std::fill(largest.data(), largest.data() + s.group_rows, Vec{} + kNone);
-      std::fill(sum.data(), sum.data() + s.group_rows, Vec{});
-      for (int64_t j = split * kSplit; j < std::min<int64_t>(n_keys, (split + 1) * kSplit); j += kKeys) {
-        const int64_t count = std::min<int64_t>(kKeys, n_keys - j);
-        load_keys(type, s, head, j, count, keys.data(), places.data());
-        add_norms(s, group(head), keys.data(), places.data(), (count + kPair - 1) / kPair * 2, largest.data(),
-                  sum.data());
-      }
-      for (int64_t i = 0; i < s.group_rows; ++i) {
-        const Norm norm =
-            merge(reinterpret_cast<float*>(largest.data() + i), reinterpret_cast<float*>(sum.data() + i), kLanes, 1);
-        split_largest.data()[split * total_rows + head * s.group_rows + i] = norm.largest;
-        split_sum.data()[split * total_rows + head * s.group_rows + i] = norm.sum;
-      }
+      const int64_t row = flat ? place / length : at / columns;
+      token.copy(base + n / (rows * columns) * plane_stride + row * row_stride +
+                     (flat ? place % length : place) * place_stride,
+                 out);
     }
   });
-
-  for (int64_t i = 0; i < total_rows; ++i) {
-    const int64_t head = i / s.group_rows, in_head = i % s.group_rows;
-    base.data()[i] = factor.data()[i] = 0;
-    if (in_head >= per_head) continue;
-    const int64_t query_head = head * (s.heads / s.kv_heads) + in_head / n_rows;
-    const double share = static_cast<double>(head_weights[query_head]) / static_cast<double>(n_rows);
-    if (lse) {
-      const double norm = lse[query_head * lse_rows + s.rows[in_head % n_rows]] * kLog2e;
-      base.data()[i] = static_cast<float>(norm);
-      factor.data()[i] = static_cast<float>(share * std::exp2(base.data()[i] - norm));
-    } else {
-      const Norm norm = merge(split_largest.data() + i, split_sum.data() + i, splits, total_rows);
-      base.data()[i] = norm.largest;
-      factor.data()[i] = static_cast<float>(share / norm.sum);
-    }
-  }
-
-  torch::stable::parallel_for(0, (n_keys + kKeys - 1) / kKeys, 1, [&](int64_t begin, int64_t end) {
-    Buffer<float> keys(kKeys * s.dim);
-    Buffer<int32_t> places(kKeys);
-    Vec totals[kKeys / kLanes];
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t j = block * kKeys, count = std::min<int64_t>(kKeys, n_keys - j);
-      std::fill(totals, totals + kKeys / kLanes, Vec{});
-      for (int64_t head = 0; head < s.kv_heads; ++head) {
-        load_keys(type, s, head, j, count, keys.data(), places.data());
-        add_shares(s, group(head), base.data() + head * s.group_rows, factor.data() + head * s.group_rows, keys.data(),
-                   places.data(), (count + kPair - 1) / kPair * 2, totals);
-      }
-      for (int64_t k = 0; k < count; ++k) scores[s.keys[j + k]] = totals[k / kLanes][k % kLanes];
-    }
-  });
+  return result;
 }
 
-Tensor token_scores(const Tensor& query, const Tensor& key, const std::optional<Tensor>& query_mask,
-                    const std::optional<Tensor>& key_mask, const Tensor& head_weights, double scale, bool causal,
-                    const std::optional<Tensor>& lse) {
-  check_shape("query", query, {kAny, kAny, kAny, kAny});
-  const int64_t batch = query.size(0), heads = query.size(1), rows = query.size(2), dim = query.size(3);
-  check_shape("key", key, {batch, kAny, kAny, dim});
-  const int64_t kv_heads = key.size(1), length = key.size(2);
-  const ScalarType type = query.scalar_type();
-  check(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16, "query: got dtype ",
-        torch::headeronly::toString(type), ", expected float32, float16 or bfloat16");
-  check_dtype("key", key, type);
-  check(kv_heads > 0 && heads > 0 && heads % kv_heads == 0, "query: got ", heads, " heads for ", kv_heads, " of key");
-  check(length < std::numeric_limits<int32_t>::max(), "key: got ", length, " keys, expected fewer than 2^31 - 1");
-  check(!causal || rows <= length, "causal: got ", rows, " rows and ", length, " keys");
-  check_shape("head_weights", head_weights, {batch, heads});
-  check_dtype("head_weights", head_weights, ScalarType::Float);
-  const Tensor weights = torch::stable::contiguous(head_weights);
-  std::optional<Tensor> masks[2], norms;
-  if (query_mask) {
-    check_shape("query_mask", *query_mask, {batch, rows});
-    check_dtype("query_mask", *query_mask, ScalarType::Bool);
-    masks[0] = torch::stable::contiguous(*query_mask);
-  }
-  if (key_mask) {
-    check_shape("key_mask", *key_mask, {batch, length});
-    check_dtype("key_mask", *key_mask, ScalarType::Bool);
-    masks[1] = torch::stable::contiguous(*key_mask);
-  }
-  if (lse) {
-    check_shape("lse", *lse, {batch, heads, rows});
-    check_dtype("lse", *lse, ScalarType::Double);
-    norms = torch::stable::contiguous(*lse);
-  }
-  Tensor scores = torch::stable::new_zeros(weights, {batch, length});
-  const bool* counted = masks[0] ? masks[0]->const_data_ptr<bool>() : nullptr;
-  const bool* real = masks[1] ? masks[1]->const_data_ptr<bool>() : nullptr;
-  const int64_t item = type == ScalarType::Float ? 4 : 2;
-  for (int64_t b = 0; b < batch; ++b) {
-    Sample s{static_cast<const char*>(query.const_data_ptr()) + b * query.stride(0) * item,
-             static_cast<const char*>(key.const_data_ptr()) + b * key.stride(0) * item,
-             {query.stride(1), query.stride(2), query.stride(3)},
-             {key.stride(1), key.stride(2), key.stride(3)},
-             heads,
-             kv_heads,
-             dim,
-             {},
-             {},
-             {}};
-    for (int64_t k = 0; k < length; ++k) {
-      if (!real || real[b * length + k]) s.keys.push_back(static_cast<int32_t>(k));
-    }
-    if (s.keys.empty()) continue;
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t place = causal ? length - rows + r : length - 1;
-      if ((counted && !counted[b * rows + r]) || place < s.keys[0]) continue;
-      s.rows.push_back(static_cast<int32_t>(r));
-      s.row_place.push_back(static_cast<int32_t>(place));
-    }
-    if (s.rows.empty()) continue;
-    s.group_rows = (heads / kv_heads * static_cast<int64_t>(s.rows.size()) + kRows - 1) / kRows * kRows;
-    score_sample(s, type, weights.const_data_ptr<float>() + b * heads, scale,
-                 norms ? norms->const_data_ptr<double>() + b * heads * rows : nullptr, rows,
-                 scores.mutable_data_ptr<float>() + b * length);
-  }
-  return scores;
+std::vector<Tensor> gather_tokens(const std::vector<Tensor>& tensors, const Tensor& index, std::vector<bool> planes,
+                                  std::vector<double> fill, bool flat) {
+  check_shape("index", index, {kAny, kAny});
+  check_dtype("index", index, ScalarType::Long);
+  check(planes.size() == tensors.size() && fill.size() == tensors.size(), "planes, fill: got ", planes.size(), " and ",
+        fill.size(), ", expected one for each of ", tensors.size(), " tensors");
+  const Tensor places = torch::stable::contiguous(index);
+  std::vector<Tensor> results;
+  for (size_t i = 0; i < tensors.size(); ++i) results.push_back(gather(tensors[i], places, planes[i], fill[i], flat));
+  return results;
 }
 
 }  // namespace
-}  // namespace lyra
+}  // namespace lyra::token_select
 
-STABLE_TORCH_LIBRARY_IMPL(lyra, CPU, m) { m.impl("token_scores", TORCH_BOX(&lyra::token_scores)); }
+STABLE_TORCH_LIBRARY_IMPL(lyra, CPU, m) {
+  m.impl("token_select_scores", TORCH_BOX(&lyra::token_select::token_scores));
+  m.impl("token_select_select", TORCH_BOX(&lyra::token_select::select_tokens));
+  m.impl("token_select_gather", TORCH_BOX(&lyra::token_select::gather_tokens));
+}

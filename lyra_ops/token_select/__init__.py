@@ -18,16 +18,22 @@ import torch
 from torch import Tensor
 
 from lyra_ops._backend import choose, missing_kernel
-from lyra_ops._checks import FLOAT_DTYPES, INT_DTYPES, check_tensor, readable
+from lyra_ops._checks import FLOAT_DTYPES, INT_DTYPES, check_option, check_tensor, readable
 from lyra_ops.token_select import reference
+
+LAYOUTS = ("right", "left", "packed")
 
 
 class TokenSelection(NamedTuple):
-    """Which tokens of a padded batch (B, L) stay, and where they go.
+    """Which tokens of a batch stay, and where they go.
 
-    index    (B, K) int64: the kept tokens of each sample, increasing; -1 behind the last
+    index    (B, K) int64: the kept tokens of each sample, increasing; -1 for padding, behind the last or, with layout
+             "left", in front of the first
     lengths  (B,)   int64: how many each sample keeps
     inverse  (B, L) int64: the new place of each token; -1 for the dropped and for padding
+
+    With layout "packed", index is (K,): the kept tokens of all samples, one sample after the other, as places b L + i
+    in the flat batch; -1 behind the last. From a packed batch of T tokens, inverse is (T,) and index holds places in T.
     """
 
     index: Tensor
@@ -41,7 +47,7 @@ class TokenSelection(NamedTuple):
 
     @property
     def key_mask(self) -> Tensor:
-        """(B, K) bool: the real tokens after gathering; the rest is padding."""
+        """(B, K) or packed (K,) bool: the real tokens after gathering; the rest is padding."""
         return self.index >= 0
 
     @property
@@ -117,7 +123,9 @@ def token_scores(
     why_not = {"cpu": _why_not_cpu(query), "reference": None}
     if choose("token_scores", why_not, backend) == "cpu":
         lse = None if lse is None else lse.double()
-        return torch.ops.lyra.token_scores(query, key, query_mask, key_mask, weights, float(scale), causal, lse)
+        return torch.ops.lyra.token_select_scores(
+            query, key, query_mask, key_mask, None, None, weights, float(scale), causal, lse, False, None, None
+        )
     return reference.token_scores(query, key, query_mask, key_mask, weights, float(scale), causal, lse)
 
 
@@ -132,6 +140,7 @@ def select_tokens(
     bias: Tensor | None = None,
     segments: Tensor | None = None,
     capacity: int | None = None,
+    layout: str = "right",
     backend: str | None = None,
 ) -> TokenSelection:
     """Keeps the best candidates of each sample, and all tokens that are no candidates, in their original order.
@@ -153,11 +162,14 @@ def select_tokens(
     segments    (B, L) int64 or int32: the candidates of one number (image, frame window, modality) compete among
                 themselves for a budget of their own. Numbers are 0 to S - 1, or 0 to L - 1 where ``keep`` does not
                 give S; those of other tokens are not looked at.
-    capacity    width K of ``index``, at most L. Default: the longest sample, which is one number read back from the
-                device; with a capacity nothing is, and the call can stand in a CUDA graph or a full-graph compile.
+    capacity    width K of ``index``, at most L ("packed": B L). Default: what the tokens need, which is one number read
+                back from the device; with a capacity nothing is, and the call can stand in a CUDA graph or a full-graph
+                compile.
+    layout      where the kept tokens stand, here and in what `gather_tokens` makes of it: "right" or "left", padded on
+                that side; or "packed", one sample after the other without padding
 
-    Returns TokenSelection(index (B, K), lengths (B,), inverse (B, L)), all int64. The same for a sample alone and in
-    any batch, but for the width.
+    Returns TokenSelection(index (B, K), lengths (B,), inverse (B, L)), all int64; "packed": index (K,). The same for a
+    sample alone and in any batch, but for the width.
 
     Raises TypeError or ValueError for arguments that do not fit. Values in tensors are checked on the CPU only. On a
     GPU a negative ``keep`` counts as 0, a candidate with a segment out of range is kept, and a sample that needs more
@@ -166,30 +178,94 @@ def select_tokens(
     Source: Lyra (ICCV 2025), section 3.3 (``keep=rho, min_keep=32``); torch.topk leaves ties and order open.
     """
     check_tensor("scores", scores, shape=("B", "L"), dtypes=FLOAT_DTYPES)
+    check_option("layout", layout, LAYOUTS)
+    return _select(scores, candidates, keep, min_keep, key_mask, bias, segments, capacity, layout, None, backend)
+
+
+@torch.no_grad()
+def select_tokens_packed(
+    scores: Tensor,
+    candidates: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    keep: float | int | Tensor,
+    min_keep: int = 0,
+    key_mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    segments: Tensor | None = None,
+    capacity: int | None = None,
+    backend: str | None = None,
+) -> TokenSelection:
+    """`select_tokens` of samples that stand one after the other: token cu_seqlens[b] is the first of sample b.
+
+    scores, candidates, key_mask, bias, segments  (T,)
+    cu_seqlens  (B + 1,) int32, increasing, as in flash-attn's varlen functions; tokens outside every sample are dropped
+    keep        as there: B samples, and S segments or T where it does not give S
+    capacity    size K of ``index``, at most T
+
+    Returns TokenSelection(index (K,), lengths (B,), inverse (T,)): the kept tokens of all samples, one after the other,
+    by their place in T; ``selection.cu_seqlens`` tells where each sample's begin.
+    """
+    check_tensor("scores", scores, shape=("T",), dtypes=FLOAT_DTYPES)
+    check_tensor("cu_seqlens", cu_seqlens, shape=("B + 1",), dtypes=(torch.int32,), device=scores.device)
+    _check_cu_seqlens("cu_seqlens", cu_seqlens, scores.shape[0])
+    return _select(
+        scores, candidates, keep, min_keep, key_mask, bias, segments, capacity, "packed", cu_seqlens, backend
+    )
+
+
+def _select(scores, candidates, keep, min_keep, key_mask, bias, segments, capacity, layout, cu_seqlens, backend):
     shape, device = tuple(scores.shape), scores.device
     check_tensor("candidates", candidates, shape=shape, dtypes=(torch.bool,), device=device)
     if key_mask is not None:
         check_tensor("key_mask", key_mask, shape=shape, dtypes=(torch.bool,), device=device)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if bias is not None:
-        bias_shape = shape[1:] if isinstance(bias, Tensor) and bias.ndim == 1 else shape
+        bias_shape = shape[-1:] if isinstance(bias, Tensor) and bias.ndim == 1 else shape
         check_tensor("bias", bias, shape=bias_shape, dtypes=FLOAT_DTYPES, device=device)
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) + bias
+        scores = scores + bias
     if segments is not None:
         check_tensor("segments", segments, shape=shape, dtypes=INT_DTYPES, device=device)
-    keep = _check_keep(keep, scores, segments)
+        segments = segments.long()
+    samples = shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    keep = _check_keep(keep, samples, segments, device)
     _check_count("min_keep", min_keep)
     if segments is not None and readable(segments):
         _check_segments(segments, candidates if key_mask is None else candidates & key_mask, keep)
-    choose("select_tokens", {"reference": None}, backend)
+    most = math.prod(shape) if layout == "packed" else shape[1]
+    if capacity is not None:
+        _check_capacity(capacity, most)
+    width = most if capacity is None else capacity
 
-    mask = reference.select_tokens(scores, candidates, keep, min_keep, key_mask, segments)
-    lengths = mask.sum(dim=1)
-    if capacity is None:
-        capacity = int(lengths.max()) if shape[0] else 0
+    rows = (t if t is None or t.ndim == 2 else t[None] for t in (scores, candidates, key_mask, segments))
+    scores, candidates, key_mask, segments = rows
+    why_not = {**_why_not_compiled("select", scores), "reference": None}
+    if choose("select_tokens", why_not, backend) == "reference":
+        mask, lengths = reference.select_tokens(scores, candidates, keep, min_keep, key_mask, segments, cu_seqlens)
+        index, inverse = reference.compact(mask, lengths, width, layout)
     else:
-        _check_capacity(capacity, lengths, shape[1])
-    index, inverse = reference.compact(mask, lengths, capacity)
-    return TokenSelection(index, lengths, inverse)
+        one_of_three = (
+            keep if isinstance(keep, Tensor) else None,
+            keep if isinstance(keep, float) else None,
+            keep if isinstance(keep, int) else None,
+        )
+        place = LAYOUTS.index(layout)
+        index, lengths, inverse = torch.ops.lyra.token_select_select(
+            scores, candidates, key_mask, segments, *one_of_three, min_keep, width, place, cu_seqlens
+        )
+    _check_fits(lengths, width, layout)
+    if capacity is None and samples:
+        needed = int(lengths.sum() if layout == "packed" else lengths.max())
+        if layout == "left":
+            index = index[:, width - needed :]
+            inverse = torch.where(inverse < 0, inverse, inverse - (width - needed))
+        else:
+            index = index[:, :needed]
+    elif capacity is None:
+        index = index[:, :0]
+    if layout == "packed":
+        index = index[0]
+    return TokenSelection(index, lengths, inverse if len(shape) == 2 else inverse[0])
 
 
 def gather_tokens(
@@ -204,19 +280,19 @@ def gather_tokens(
 
     tensors  any dtype and strides, each (B, L, ...), such as hidden states, labels, masks, cos and sin; or
              (P, B, L, ...), such as M-RoPE position ids (3, B, L). One that fits both is read as (B, L, ...). Keys and
-             values (B, H, L, D) go in and come out as their ``.transpose(1, 2)``.
+             values (B, H, L, D) go in and come out as their ``.transpose(1, 2)``. For a selection from
+             `select_tokens_packed` they are (T, ...) or (P, T, ...).
     fill     what padding holds: one number, or one per tensor (0, and -100 for labels)
 
-    Returns a tuple of (B, K, ...) or (P, B, K, ...), as many as there are tensors. Differentiable, as often as one
-    likes; the backward is a gather by ``selection.inverse`` that writes every element once, without atomics:
-    d tensor[b, j] = d out[b, inverse[b, j]], and 0 where the token was dropped.
+    Returns a tuple of (B, K, ...) or (P, B, K, ...), as many as there are tensors; of a packed selection (K, ...) or
+    (P, K, ...). Differentiable, as often as one likes; the backward is a gather by ``selection.inverse`` that writes
+    every element once, without atomics: d tensor[b, j] = d out[b, inverse[b, j]], and 0 where the token was dropped.
 
     Raises TypeError or ValueError for tensors that do not fit the selection.
     """
     if not isinstance(selection, TokenSelection):
         raise TypeError(f"selection: got {type(selection).__name__}, expected a TokenSelection")
-    batch, length = selection.inverse.shape
-    device = selection.index.device
+    index, _, inverse = selection
     if isinstance(fill, Real):
         fills = [fill] * len(tensors)
     elif not isinstance(fill, (list, tuple)):
@@ -225,41 +301,83 @@ def gather_tokens(
         raise ValueError(f"fill: got {len(fill)} numbers, expected one, or one for each of {len(tensors)} tensors")
     else:
         fills = list(fill)
-    planes = [_has_planes(i, tensor, batch, length, device) for i, tensor in enumerate(tensors)]
-    choose("gather_tokens", {"reference": None}, backend)
-    return tuple(
-        _Take.apply(tensor, selection.index, selection.inverse, *options)
-        for tensor, *options in zip(tensors, fills, planes)
-    )
+    planes = [_has_planes(i, tensor, inverse.shape, index.device) for i, tensor in enumerate(tensors)]
+    for i, (tensor, value) in enumerate(zip(tensors, fills)):
+        _check_fill(i, value, tensor.dtype)
+    why_not = {**_why_not_compiled("gather", index), "reference": None}
+    compiled = choose("gather_tokens", why_not, backend) != "reference"
+    # Packed tokens are the one row of a batch of one.
+    if packed_in := inverse.ndim == 1:
+        inverse = inverse[None]
+        tensors = [tensor.unsqueeze(int(p)) for tensor, p in zip(tensors, planes)]
+    packed_out = index.ndim == 1
+    index = index[None] if packed_out else index
+    results = _Gather.apply(index, inverse, planes, fills, packed_out and not packed_in, compiled, *tensors)
+    return tuple(result.squeeze(int(p)) for result, p in zip(results, planes)) if packed_out else results
 
 
-class _Take(torch.autograd.Function):
-    """Moves rows to the places of ``index``; the derivative moves them back, by ``inverse``."""
+class _Gather(torch.autograd.Function):
+    """Moves the rows of all tensors to the places of ``index``; the derivative moves them back, by ``inverse``."""
 
     @staticmethod
-    def forward(tensor: Tensor, index: Tensor, inverse: Tensor, fill: float, planes: bool) -> Tensor:
-        return reference.take(tensor, index, fill, planes)
+    def forward(index, inverse, planes, fills, flat, compiled, *tensors: Tensor) -> tuple[Tensor, ...]:
+        if compiled:
+            return tuple(torch.ops.lyra.token_select_gather(tensors, index, planes, fills, flat))
+        return tuple(reference.take(t, index, fill, p, flat) for t, fill, p in zip(tensors, fills, planes))
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        _, index, inverse, _, ctx.planes = inputs
+        index, inverse, ctx.planes, _, ctx.flat, ctx.compiled, *_ = inputs
         ctx.save_for_backward(index, inverse)
+        ctx.mark_non_differentiable(*(t for t in output if not (t.is_floating_point() or t.is_complex())))
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         index, inverse = ctx.saved_tensors
-        return _Take.apply(grad, inverse, index, 0, ctx.planes), None, None, None, None
+        given = [i for i, grad in enumerate(grads) if grad is not None]
+        planes = [ctx.planes[i] for i in given]
+        results: list[Tensor | None] = [None] * len(grads)
+        if given:
+            fills, wanted = [0] * len(given), [grads[i] for i in given]
+            moved = _Gather.apply(inverse, index, planes, fills, ctx.flat, ctx.compiled, *wanted)
+            for i, result in zip(given, moved):
+                results[i] = result
+        return None, None, None, None, None, None, *results
 
 
-def _has_planes(i: int, tensor: Tensor, batch: int, length: int, device: torch.device) -> bool:
-    """Whether the tensor is (P, B, L, ...), not (B, L, ...)."""
+def _has_planes(i: int, tensor: Tensor, tokens: torch.Size, device: torch.device) -> bool:
+    """Whether the tensor is (P, B, L, ...), not (B, L, ...); packed (P, T, ...), not (T, ...)."""
     check_tensor(f"tensors[{i}]", tensor, device=device)
-    if tuple(tensor.shape[:2]) == (batch, length):
-        return False
-    if tuple(tensor.shape[1:3]) == (batch, length):
-        return True
-    want = f"({batch}, {length}, ...) or (P, {batch}, {length}, ...)"
-    raise ValueError(f"tensors[{i}]: got shape {tuple(tensor.shape)}, expected {want}")
+    for planes in (False, True):
+        if tensor.shape[planes : planes + len(tokens)] == tokens:
+            return planes
+    want = ", ".join(map(str, tokens))
+    raise ValueError(f"tensors[{i}]: got shape {tuple(tensor.shape)}, expected ({want}, ...) or (P, {want}, ...)")
+
+
+def _check_fill(i: int, fill: object, dtype: torch.dtype) -> None:
+    if isinstance(fill, bool) or not isinstance(fill, Real):
+        raise TypeError(f"fill: got {type(fill).__name__} for tensors[{i}], expected a number")
+    if dtype.is_floating_point or dtype.is_complex:
+        return
+    low, high = (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+    if not (low <= fill <= high and float(fill).is_integer() and int(float(fill)) == fill):
+        raise ValueError(f"fill: got {fill} for tensors[{i}], expected a number that {dtype} holds")
+
+
+def _why_not_compiled(raw_op: str, tensor: Tensor) -> dict[str, str | None]:
+    """Per compiled backend why it cannot serve a call with this tensor, None where it can."""
+    device = tensor.device.type
+    why_not = {}
+    for backend in ("cuda", "cpu"):
+        if device != backend:
+            why_not[backend] = f"the tensors are on {tensor.device}"
+        elif backend == "cuda" and tensor.dtype == torch.float64:
+            why_not[backend] = "it computes in float32, and the tensors are float64"
+        else:
+            why_not[backend] = missing_kernel(f"token_select_{raw_op}", backend)
+    return why_not
 
 
 def _why_not_cpu(query: Tensor) -> str | None:
@@ -267,7 +385,7 @@ def _why_not_cpu(query: Tensor) -> str | None:
         return f"query is on {query.device}"
     if query.dtype == torch.float64:
         return "it computes in float32, and query is float64"
-    return missing_kernel("token_scores", "cpu")
+    return missing_kernel("token_select_scores", "cpu")
 
 
 def _head_weights(weights: Tensor | None, query: Tensor) -> Tensor:
@@ -287,18 +405,18 @@ def _head_weights(weights: Tensor | None, query: Tensor) -> Tensor:
     return (weights / weights.sum(-1, keepdim=True)).expand(batch, heads)
 
 
-def _check_keep(keep: object, scores: Tensor, segments: Tensor | None) -> float | int | Tensor:
+def _check_keep(keep: object, samples: int, segments: Tensor | None, device: torch.device) -> float | int | Tensor:
+    """``keep`` as a float share, an int, or a tensor of int64 counts or float64 shares."""
     if isinstance(keep, Tensor):
-        batch = scores.shape[0]
-        shape = (batch,) if segments is None or keep.ndim == 1 else (batch, "S")
-        check_tensor("keep", keep, shape=shape, dtypes=(*INT_DTYPES, torch.float64), device=scores.device)
+        shape = (samples,) if segments is None or keep.ndim == 1 else (samples, "S")
+        check_tensor("keep", keep, shape=shape, dtypes=(*INT_DTYPES, torch.float64), device=device)
         if readable(keep):
             share = keep.is_floating_point()
             bad = ~((keep >= 0) & (keep <= 1)) if share else keep < 0
             if bool(bad.any()):
                 expected = "shares from 0 to 1" if share else "counts of at least 0"
                 raise ValueError(f"keep: got {keep[bad][0].item()}, expected {expected}")
-        return keep
+        return keep if keep.is_floating_point() else keep.long()
     if isinstance(keep, bool) or not isinstance(keep, Real):
         raise TypeError(f"keep: got {type(keep).__name__}, expected a float share, an int or a tensor")
     if isinstance(keep, Integral):
@@ -317,27 +435,54 @@ def _check_count(name: str, value: object) -> None:
 
 
 def _check_segments(segments: Tensor, candidates: Tensor, keep: float | int | Tensor) -> None:
-    n = keep.shape[1] if isinstance(keep, Tensor) and keep.ndim == 2 else segments.shape[1]
+    n = keep.shape[1] if isinstance(keep, Tensor) and keep.ndim == 2 else segments.shape[-1]
     bad = candidates & ((segments < 0) | (segments >= n))
     if bool(bad.any()):
-        b, i = bad.nonzero()[0].tolist()
-        raise ValueError(f"segments: candidate {i} of sample {b} has {int(segments[b, i])}, expected 0 to {n - 1}")
+        *sample, i = bad.nonzero()[0].tolist()
+        name = f"candidate {i} of sample {sample[0]}" if sample else f"candidate {i}"
+        raise ValueError(f"segments: {name} has {int(segments[bad][0])}, expected 0 to {n - 1}")
 
 
-def _check_capacity(capacity: int, lengths: Tensor, length: int) -> None:
+def _check_cu_seqlens(name: str, cu_seqlens: Tensor, tokens: int) -> None:
+    if cu_seqlens.shape[0] == 0:
+        raise ValueError(f"{name}: got no numbers, expected one more than there are samples")
+    if readable(cu_seqlens):
+        places = cu_seqlens.tolist()
+        if places[0] < 0 or places[-1] > tokens or places != sorted(places):
+            raise ValueError(f"{name}: got {places}, expected increasing places from 0 to {tokens}")
+
+
+def _check_capacity(capacity: int, most: int) -> None:
     _check_count("capacity", capacity)
-    if capacity > length:
-        raise ValueError(f"capacity: got {capacity}, expected at most the {length} tokens of a sample")
-    fits = (lengths <= capacity).all()
+    if capacity > most:
+        raise ValueError(f"capacity: got {capacity}, expected at most the {most} tokens of a sample")
+
+
+def _check_fits(lengths: Tensor, capacity: int, layout: str) -> None:
+    needed = lengths.sum().view(1) if layout == "packed" else lengths
+    fits = (needed <= capacity).all()
     if not readable(lengths):
         torch._assert_async(fits, "capacity: a sample keeps more tokens than that")
     elif not bool(fits):
-        b = int(lengths.argmax())
-        raise ValueError(f"capacity: got {capacity}, but sample {b} keeps {int(lengths[b])} tokens")
+        b = int(needed.argmax())
+        which = "the samples keep" if layout == "packed" else f"sample {b} keeps"
+        raise ValueError(f"capacity: got {capacity}, but {which} {int(needed[b])} tokens")
 
 
-if missing_kernel("token_scores", "cpu") is None:
+if missing_kernel("token_select_scores", "cpu") is None:
 
-    @torch.library.register_fake("lyra::token_scores")
-    def _(query, key, query_mask, key_mask, head_weights, scale, causal, lse):
-        return head_weights.new_empty((query.shape[0], key.shape[2]))
+    @torch.library.register_fake("lyra::token_select_scores")
+    def _(query, key, query_mask, key_mask, key_limits, key_bias, head_weights, scale, causal, lse, per_head, *packed):
+        heads = (query.shape[1],) if per_head else ()
+        return query.new_empty((query.shape[0], *heads, key.shape[2]), dtype=torch.float32)
+
+    @torch.library.register_fake("lyra::token_select_select")
+    def _(scores, candidates, key_mask, segments, keep, share, count, min_keep, capacity, layout, cu_seqlens):
+        samples = scores.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        rows = 1 if LAYOUTS[layout] == "packed" else samples
+        shapes = ((rows, capacity), (samples,), tuple(scores.shape))
+        return tuple(scores.new_empty(shape, dtype=torch.int64) for shape in shapes)
+
+    @torch.library.register_fake("lyra::token_select_gather")
+    def _(tensors, index, planes, fill, flat):
+        return [t.new_empty((*t.shape[:p], *index.shape, *t.shape[2 + p :])) for t, p in zip(tensors, planes)]

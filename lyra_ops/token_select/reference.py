@@ -116,8 +116,12 @@ def select_tokens(
     min_keep: int,
     key_mask: Tensor | None,
     segments: Tensor | None,
-) -> Tensor:
-    """Which tokens (B, L) stay. Only sorts and gathers, so that no result depends on an order of writes."""
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Which tokens (B, L) stay, and how many of each sample. Only sorts and gathers: no order of writes matters.
+
+    With cu_seqlens (N + 1,) the samples stand one after the other in a batch of one, each with segments of its own.
+    """
     batch, length = scores.shape
     real = torch.ones_like(candidates) if key_mask is None else key_mask
     if segments is None:
@@ -125,27 +129,39 @@ def select_tokens(
     else:
         n_segments = keep.shape[1] if isinstance(keep, Tensor) and keep.ndim == 2 else length
         segment = segments.to(torch.int64)
-    ranked = candidates & real & (segment >= 0) & (segment < n_segments)
-    segment = segment.masked_fill(~ranked, n_segments)  # behind all others
+    in_range = (segment >= 0) & (segment < n_segments)
+    samples = batch
+    if cu_seqlens is not None:
+        samples = len(cu_seqlens) - 1
+        place = torch.arange(length, device=scores.device, dtype=cu_seqlens.dtype)
+        sample = torch.searchsorted(cu_seqlens, place, right=True) - 1
+        real = real & (sample >= 0) & (sample < samples)
+        segment = segment + n_segments * sample
+    ranked = candidates & real & in_range
+    n_ranges = samples * n_segments // max(batch, 1)  # in a row: of one sample, or of all of them
+    segment = segment.masked_fill(~ranked, n_ranges)  # behind all others
 
     # By segment; inside it by falling score; inside that, both sorts being stable, by rising index.
     order = _ordered(scores).argsort(dim=1, descending=True, stable=True)
     order = order.gather(1, segment.gather(1, order).argsort(dim=1, stable=True))
     segment = segment.gather(1, order)
-    bounds = torch.arange(n_segments + 1, device=scores.device).expand(batch, -1).contiguous()
+    bounds = torch.arange(n_ranges + 1, device=scores.device).expand(batch, -1).contiguous()
     starts = torch.searchsorted(segment, bounds)
     counts = starts.diff(dim=1)
     rank = torch.arange(length, device=scores.device) - starts.gather(1, segment)
 
     if isinstance(keep, Tensor):
-        keep = keep.view(batch, -1)
+        keep = keep.view(samples, -1).expand(samples, n_segments).reshape(batch, -1)
     if isinstance(keep, float) or (isinstance(keep, Tensor) and keep.is_floating_point()):
         keep = (counts.double() * keep).floor()
     budget = torch.zeros_like(counts) + keep
     budget = budget.to(torch.int64).clamp(min=min_keep).minimum(counts)
 
     chosen = rank < F.pad(budget, (0, 1)).gather(1, segment)
-    return real & (~ranked | chosen.gather(1, order.argsort(dim=1)))
+    mask = real & (~ranked | chosen.gather(1, order.argsort(dim=1)))
+    if cu_seqlens is None:
+        return mask, mask.sum(dim=1)
+    return mask, F.pad(mask[0].cumsum(0), (1, 0))[cu_seqlens.long()].diff()
 
 
 def _ordered(scores: Tensor) -> Tensor:
@@ -157,21 +173,38 @@ def _ordered(scores: Tensor) -> Tensor:
     return torch.where(bits < 0, bits ^ limits.max, bits).masked_fill(scores.isnan(), limits.min)
 
 
-def compact(mask: Tensor, lengths: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
-    """Places of the True tokens of mask (B, L): index (B, capacity), -1 behind them, and inverse (B, L)."""
+def compact(mask: Tensor, lengths: Tensor, capacity: int, layout: str) -> tuple[Tensor, Tensor]:
+    """Places of the True tokens of mask (B, L), and the column of each among them: index (B, capacity), inverse (B, L).
+
+    layout "right", "left": -1 stands behind or in front. "packed": one row (1, capacity) of places in the flat batch.
+    """
+    if layout == "packed":
+        index, inverse = compact(mask.view(1, -1), lengths.sum().view(1), capacity, "right")
+        return index, inverse.view(mask.shape)
     index = (~mask).byte().argsort(dim=1, stable=True)[:, :capacity]
     index = index.masked_fill(torch.arange(capacity, device=mask.device) >= lengths[:, None], -1)
-    inverse = (mask.cumsum(dim=1) - 1).masked_fill(~mask, -1)
-    return index, inverse
+    inverse = mask.cumsum(dim=1) - 1
+    if layout == "left":
+        shift = (capacity - lengths)[:, None]
+        place = torch.arange(capacity, device=mask.device) - shift
+        index = index.gather(1, place.clamp(min=0)).masked_fill(place < 0, -1)
+        inverse = inverse + shift
+    return index, inverse.masked_fill(~mask, -1)
 
 
-def take(tensor: Tensor, index: Tensor, fill: float, planes: bool) -> Tensor:
-    """tensor (B, L, ...), or (P, B, L, ...) with planes, at index (B, K); ``fill`` where that is -1."""
-    lead = tensor.shape[: 1 + planes]
-    if tensor.shape[1 + planes] == 0:
-        return tensor.new_full((*lead, index.shape[1], *tensor.shape[2 + planes :]), fill)
-    sample = torch.arange(index.shape[0], device=index.device)[:, None]
+def take(tensor: Tensor, index: Tensor, fill: float, planes: bool, flat: bool) -> Tensor:
+    """tensor (B, L, ...), or (P, B, L, ...) with planes, at index (B', K); ``fill`` where that is -1.
+
+    The places of index are those of its own sample, or with ``flat`` those of the flat batch of B L.
+    """
+    length = tensor.shape[1 + planes]
+    if length == 0:
+        lead = tensor.shape[:planes]
+        return tensor.new_full((*lead, *index.shape, *tensor.shape[2 + planes :]), fill)
     place = index.clamp(min=0)
+    sample = torch.arange(index.shape[0], device=index.device)[:, None]
+    if flat:
+        sample, place = place // length, place % length
     taken = tensor[:, sample, place] if planes else tensor[sample, place]
     absent = (index < 0).view(*index.shape, *[1] * (taken.ndim - 2 - planes))
     return taken.masked_fill_(absent, fill)
