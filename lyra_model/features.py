@@ -13,7 +13,7 @@ from tqdm import tqdm
 from .modeling import LyraForConditionalGeneration
 from .processor import LyraProcessor
 from .speech import SAMPLE_RATE, cut_windows
-from .synthesis import read_shard, shard_paths
+from .synthesis import SHARD_UTTERANCES, read_shard, shard_paths
 
 BATCH = 16
 
@@ -68,10 +68,15 @@ def encode_folder(folder: Path, model: LyraForConditionalGeneration, processor: 
     return out
 
 
-def load_features(folder: Path, count: int | None = None) -> list[Utterance]:
-    """The first ``count`` utterances encoded in ``folder``, in order; the frames stay on disk until they are read."""
+def load_features(folder: Path, count: int | None = None, start: int = 0) -> list[Utterance]:
+    """``count`` utterances encoded in ``folder``, in order, from place ``start`` (a multiple of the shards' 500) on.
+
+    The frames stay on disk until they are read.
+    """
     utterances: list[Utterance] = []
     for path in sorted(folder.glob("[0-9]*.npy")):
+        if int(path.stem) < start // SHARD_UTTERANCES:
+            continue
         if count is not None and len(utterances) >= count:
             break
         frames = np.load(path, mmap_mode="r")
@@ -81,5 +86,5 @@ def load_features(folder: Path, count: int | None = None) -> list[Utterance]:
             utterances.append(Utterance(frames[begin:end], **row))
             begin = end
     if count is not None and len(utterances) < count:
-        raise ValueError(f"utterances: got {len(utterances)} encoded in {folder}, expected {count}")
+        raise ValueError(f"utterances: got {len(utterances)} encoded in {folder} from {start} on, expected {count}")
     return utterances[:count]

@@ -48,6 +48,7 @@ def synthesize(
     seed: int = 0,
     workers: int = 1,
     voices: Sequence[str] | None = None,
+    start: int = 0,
 ) -> None:
     """Speak `texts` into shards in `out_dir`; complete shards that are there already are kept.
 
@@ -62,10 +63,15 @@ def synthesize(
         workers: processes.
         voices: one voice per text, each in its own plain settings; None draws from the training voices and varies
             speed, pitch and noise.
+        start: place of the first text in the order that it comes from, a multiple of 500: the shards are numbered by
+            it, so that a folder may hold any stretch of that order.
 
     Raises:
-        ValueError: `voices` of another length, or `out_dir` holds a shard of other texts or voices.
+        ValueError: `voices` of another length, `start` within a shard, or `out_dir` holds a shard of other texts or
+            voices.
     """
+    if start < 0 or start % SHARD_UTTERANCES:
+        raise ValueError(f"start: got {start}, expected a multiple of {SHARD_UTTERANCES}, the utterances of a shard")
     if voices is not None and len(voices) != len(texts):
         raise ValueError(f"voices: got {len(voices)} for {len(texts)} texts, expected one per text")
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -73,9 +79,10 @@ def synthesize(
     for first in range(0, len(texts), SHARD_UTTERANCES):
         part = list(texts[first : first + SHARD_UTTERANCES])
         fixed = None if voices is None else list(voices[first : first + SHARD_UTTERANCES])
-        shard = out_dir / f"{first // SHARD_UTTERANCES:05d}.npy"
+        place = start + first
+        shard = out_dir / f"{place // SHARD_UTTERANCES:05d}.npy"
         if not _is_complete(shard, part, fixed):
-            missing.append((shard, first, part, fixed, seed))
+            missing.append((shard, place, part, fixed, seed))
     # Not forked: onnxruntime's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
     count = sum(len(part) for _, _, part, _, _ in missing)
@@ -159,12 +166,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m lyra_model.synthesis", description=main.__doc__)
     parser.add_argument("--out", type=Path, default=Path(".cache/speech"), help="folder (default: %(default)s)")
     parser.add_argument("--utterances", type=int, default=40_000, help="for training (default: %(default)s)")
+    parser.add_argument("--start", type=int, default=0, help="place of the first of them (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of texts and voices (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="processes (default: %(default)s)")
     options = parser.parse_args()
     synthesize_evaluation(options.out, seed=options.seed, workers=options.workers)
-    texts = load_texts("train", options.seed)[: options.utterances]
-    synthesize(texts, options.out / "train", seed=options.seed, workers=options.workers)
+    texts = load_texts("train", options.seed)[options.start :][: options.utterances]
+    synthesize(texts, options.out / "train", seed=options.seed, workers=options.workers, start=options.start)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from peft import LoraConfig
+from peft import LoraConfig, set_peft_model_state_dict
 from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -51,7 +51,8 @@ def _setting(default: float, text: str) -> Any:
 class Settings:
     """Everything that decides the trained weights, and is written beside them; the defaults made those of nano."""
 
-    utterances: int = _setting(31_000, "texts to speak and to learn from, the first of a fixed order")
+    utterances: int = _setting(31_000, "texts to speak and to learn from, out of a fixed order")
+    start: int = _setting(0, "place of the first of them in that order, a multiple of 500")
     align_steps: int = _setting(2400, "optimizer steps of the align stage")
     align_batch: int = _setting(64, "utterances per step of the align stage")
     align_lr: float = _setting(1e-3, "peak learning rate of the align stage")
@@ -250,7 +251,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("out/nano"), help="folder for weights, log and checkpoints")
     parser.add_argument("--cache", type=Path, default=Path(".cache/speech"), help="folder for speech and features")
     parser.add_argument(
-        "--init", type=Path, help="start the joint stage from the projector in this folder; no align stage"
+        "--init",
+        type=Path,
+        metavar="DIR",
+        help="go on from trained weights: no align stage, the joint stage starts from the projector in this folder and, "
+        "where it holds one, from its adapter (which brings its rank)",
     )
     parser.add_argument("--workers", type=int, default=2, help="processes that synthesize speech, default 2")
     for field in dataclasses.fields(Settings):
@@ -267,8 +272,9 @@ def run(args: argparse.Namespace) -> int:
     model.language_model.to(torch.bfloat16)  # frozen, and multiplied in bfloat16 under autocast anyway
     processor = LyraProcessor.from_pretrained(base)
     speech = args.cache / "train"
-    synthesize(load_texts("train", 0)[: settings.utterances], speech, workers=args.workers)
-    utterances = load_features(encode_folder(speech, model, processor), settings.utterances)
+    texts = load_texts("train", 0)[settings.start :][: settings.utterances]
+    synthesize(texts, speech, workers=args.workers, start=settings.start)
+    utterances = load_features(encode_folder(speech, model, processor), settings.utterances, settings.start)
     questions = [u.text for u in utterances if u.kind == "question"]
     answers = answer_questions(questions, model, processor, args.cache / "answers.json")
     train(model, processor, utterances, answers, settings, args.out, init=args.init)
@@ -284,7 +290,10 @@ def train(
     out: Path,
     init: Path | None = None,
 ) -> None:
-    """Runs both stages on ``model`` and writes projector, adapter and settings to ``out``."""
+    """Runs both stages on ``model`` and writes projector, adapter and settings to ``out``.
+
+    With ``init``, a folder that an earlier call wrote, the joint stage alone goes on from the weights in it.
+    """
     torch.manual_seed(settings.seed)
     model.requires_grad_(False)
     model.speech_projector.requires_grad_(True)
@@ -298,9 +307,20 @@ def train(
         data = batches(utterances, settings.align_batch, settings.seed)
         fit(stage, data, steps=settings.align_steps, lr=settings.align_lr, out=out, name="align")
     if settings.joint_steps:
+        trained = init if init and (init / "adapter_config.json").exists() else None
+        if trained:
+            settings = dataclasses.replace(settings, lora_rank=LoraConfig.from_pretrained(trained).r)
         targets = r"language_model\..*\.(q_proj|k_proj|v_proj|o_proj)"
         lora = LoraConfig(r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, target_modules=targets)
         model.add_adapter(lora, ADAPTER)  # freezes all but the adapter
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                # peft gives it the frozen model's dtype; in bfloat16, small steps and Adam's second moments are lost.
+                parameter.data = parameter.data.float()
+        if trained:
+            weights = load_file(trained / "adapter_model.safetensors")
+            weights = {name.removeprefix("base_model.model."): weight for name, weight in weights.items()}
+            set_peft_model_state_dict(model, weights, adapter_name=ADAPTER)
         model.speech_projector.requires_grad_(True)
         stage = JointStage(model, processor, settings, answers)
         questions = [u for u in utterances if u.text in answers]
@@ -315,11 +335,14 @@ def train(
             out=out,
             name="joint",
         )
-    save(model, settings, out)
+    record = dataclasses.asdict(settings)
+    if init:
+        record["init"] = json.loads((init / "training.json").read_text())
+    save(model, record, out)
 
 
-def save(model: LyraForConditionalGeneration, settings: Settings, out: Path) -> None:
-    """Writes what was trained: the projector, the adapter as a peft directory, the settings."""
+def save(model: LyraForConditionalGeneration, record: dict, out: Path) -> None:
+    """Writes what was trained: the projector, the adapter as a peft directory, the settings that made them."""
     state = {name: p.detach().to(torch.bfloat16) for name, p in model.speech_projector.state_dict().items()}
     save_file(state, out / nano.PROJECTOR_FILE)
     if model._hf_peft_config_loaded:
@@ -328,7 +351,7 @@ def save(model: LyraForConditionalGeneration, settings: Settings, out: Path) -> 
                 parameter.data = parameter.data.to(torch.bfloat16)
         model.peft_config[ADAPTER].base_model_name_or_path = None  # else a folder of this machine
         PreTrainedModel.save_pretrained(model, out)  # transformers' own: the adapter alone
-    (out / "training.json").write_text(json.dumps(dataclasses.asdict(settings), indent=1) + "\n")
+    (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 def _reset(module: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """Training on tiny random weights: the losses fall, a stopped run goes on as if it had not stopped."""
 
 import copy
+import dataclasses
 import json
 
 import numpy as np
@@ -25,10 +26,11 @@ def utterances():
     return [Utterance(f, text, "none", "phrase") for f, text in zip(frames, texts, strict=True)]
 
 
-def run(tiny, utterances, out):  # noqa: F811
+def run(tiny, utterances, out, *, init=None, settings=SETTINGS):  # noqa: F811
     model = copy.deepcopy(tiny[0])
+    model.language_model.to(torch.bfloat16)  # as `lyra train` has it
     out.mkdir(exist_ok=True)
-    training.train(model, tiny[1], utterances, {"dab": "yes<|im_end|>"}, SETTINGS, out)
+    training.train(model, tiny[1], utterances, {"dab": "yes<|im_end|>"}, settings, out, init=init)
     return {n: p for n, p in model.state_dict().items() if "lora" in n or "projector" in n}
 
 
@@ -76,6 +78,36 @@ def test_a_stopped_run_resumes_to_the_same_weights(tiny, utterances, tmp_path, s
     resumed = run(tiny, utterances, tmp_path / "resumed")
     for name, weight in whole.items():
         assert torch.equal(weight, resumed[name]), name
+
+
+def test_the_adapter_learns_in_float32_beside_a_bfloat16_model(tiny, utterances, tmp_path):  # noqa: F811
+    run(tiny, utterances, tmp_path)
+    state = torch.load(tmp_path / "joint.pt")
+    tensors = [*state["weights"].values()]
+    for moments in state["optimizer"]["state"].values():
+        tensors += [moments["exp_avg"], moments["exp_avg_sq"]]
+    assert {tensor.dtype for tensor in tensors} == {torch.float32}
+
+
+def test_init_goes_on_from_the_trained_weights(tiny, utterances, tmp_path):  # noqa: F811
+    """A step of almost no length leaves the weights of the folder, whatever the rank asked for."""
+    first = run(tiny, utterances, tmp_path / "first")
+    crawl = dataclasses.replace(SETTINGS, joint_steps=1, joint_lr=1e-12, projector_lr=1e-12, lora_rank=3)
+    second = run(tiny, utterances, tmp_path / "second", init=tmp_path / "first", settings=crawl)
+    assert first.keys() == second.keys()
+    for name, weight in first.items():
+        torch.testing.assert_close(second[name].float(), weight.to(torch.bfloat16).float(), rtol=0, atol=1e-7)
+    assert not (tmp_path / "second" / "align.pt").exists(), "aligned again"
+    written = json.loads((tmp_path / "second" / "training.json").read_text())
+    assert written["lora_rank"] == SETTINGS.lora_rank
+    assert written["init"] == json.loads((tmp_path / "first" / "training.json").read_text())
+
+
+def test_init_from_a_projector_alone_begins_a_new_adapter(tiny, utterances, tmp_path):  # noqa: F811
+    run(tiny, utterances, tmp_path / "aligned", settings=dataclasses.replace(SETTINGS, joint_steps=0))
+    assert not (tmp_path / "aligned" / "adapter_config.json").exists()
+    after = run(tiny, utterances, tmp_path / "joint", init=tmp_path / "aligned")
+    assert any("lora_B" in name and weight.abs().max() > 0 for name, weight in after.items())
 
 
 def test_regularizer_is_the_papers_formula():
