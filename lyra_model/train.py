@@ -34,7 +34,7 @@ from .corpus import load_texts
 from .features import Utterance, encode_folder, load_features
 from .modeling import LyraForConditionalGeneration
 from .processor import SPEECH_TOKEN, LyraProcessor
-from .regularizer import center, cross_modality_loss, ctc_alignment_loss
+from .regularizer import alignment_loss, center, cross_modality_loss
 from .synthesis import synthesize
 from .targets import REPEAT, answer_questions
 
@@ -43,7 +43,7 @@ CHECKPOINT_STEPS = 200
 SPAN = 50  # batches sorted by length together: little padding, still random order
 
 
-def _setting(default: float, text: str) -> Any:
+def _setting(default: float | str, text: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": text})
 
 
@@ -56,6 +56,7 @@ class Settings:
     align_steps: int = _setting(2400, "optimizer steps of the align stage")
     align_batch: int = _setting(64, "utterances per step of the align stage")
     align_lr: float = _setting(1e-3, "peak learning rate of the align stage")
+    alignment: str = _setting("ctc", "loss of the align stage: ctc, soft_dtw or drop_dtw")
     joint_steps: int = _setting(700, "optimizer steps of the joint stage; 0 leaves it out")
     joint_batch: int = _setting(16, "utterances per step of the joint stage")
     joint_lr: float = _setting(1e-3, "peak learning rate of the adapter")
@@ -73,7 +74,7 @@ class Settings:
 
 
 class AlignStage(nn.Module):
-    """CTC pre-alignment of the projector."""
+    """Pre-alignment of the projector."""
 
     def __init__(self, model: LyraForConditionalGeneration, processor: LyraProcessor, settings: Settings):
         super().__init__()
@@ -83,12 +84,14 @@ class AlignStage(nn.Module):
         self.blank = self.embedding[0][blank_id(processor)]
         self.tokenizer = processor.tokenizer
         self.dropout = nn.Dropout(settings.frame_dropout)
+        self.method = settings.alignment
 
     def forward(self, batch: list[Utterance]) -> dict[str, Tensor]:
         frames, lengths = pad_frames(batch, self.projector.frames_per_token)
         speech = self.projector(self.dropout(frames))
         ids = [torch.tensor(self.tokenizer(u.text, add_special_tokens=False)["input_ids"]) for u in batch]
-        return {"loss": ctc_alignment_loss(speech, self.embedding[0], self.blank, ids, lengths)}
+        loss = alignment_loss(speech, self.embedding[0], self.blank, ids, lengths, method=self.method)
+        return {"loss": loss}
 
 
 class JointStage(nn.Module):
@@ -123,18 +126,25 @@ class JointStage(nn.Module):
         cross_entropy = nn.functional.cross_entropy(logits.float(), labels[:, 1:][reply])
         losses = {"cross_entropy": cross_entropy, "loss": cross_entropy}
         if settings.regularizer:
-            said = [torch.tensor(self.tokenizer(u.text, add_special_tokens=False)["input_ids"]) for u in batch]
-            losses["regularizer"] = cross_modality_loss(
-                speech,
-                model.get_input_embeddings()(pad_sequence(said, batch_first=True)).detach(),
-                lengths,
-                torch.tensor([len(s) for s in said]),
-                temperature=settings.temperature,
-                gamma=settings.gamma,
-                drop_cost=settings.drop_cost,
-            )
+            losses["regularizer"] = self.regularizer(speech, batch, lengths)
             losses["loss"] = cross_entropy + settings.regularizer * losses["regularizer"]
         return losses
+
+    def regularizer(
+        self, speech: Tensor, batch: list[Utterance], lengths: Tensor, backend: str | None = None
+    ) -> Tensor:
+        """The cross-modality regularizer between the speech tokens (B, N, d) and what was said."""
+        said = [torch.tensor(self.tokenizer(u.text, add_special_tokens=False)["input_ids"]) for u in batch]
+        return cross_modality_loss(
+            speech,
+            self.model.get_input_embeddings()(pad_sequence(said, batch_first=True)).detach(),
+            lengths,
+            torch.tensor([len(s) for s in said]),
+            temperature=self.settings.temperature,
+            gamma=self.settings.gamma,
+            drop_cost=self.settings.drop_cost,
+            backend=backend,
+        )
 
     def prompts(self, batch: list[Utterance], lengths: list[int]) -> tuple[Tensor, Tensor]:
         """Token ids and labels (-100 outside the reply), padded on the right."""
@@ -254,14 +264,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--init",
         type=Path,
         metavar="DIR",
-        help="go on from trained weights: no align stage, the joint stage starts from the projector in this folder and, "
-        "where it holds one, from its adapter (which brings its rank)",
+        help="go on from trained weights: no align stage; the joint stage starts from the projector in this folder "
+        "and, if there is one, from its adapter, which brings its rank",
     )
     parser.add_argument("--workers", type=int, default=2, help="processes that synthesize speech, default 2")
     for field in dataclasses.fields(Settings):
         name = "--" + field.name.replace("_", "-")
         text = f"{field.metadata['help']}; default %(default)s"
-        parser.add_argument(name, type=type(field.default), default=field.default, metavar="N", help=text)
+        kind = type(field.default)
+        parser.add_argument(name, type=kind, default=field.default, metavar=kind.__name__.upper(), help=text)
 
 
 def run(args: argparse.Namespace) -> int:

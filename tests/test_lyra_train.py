@@ -13,7 +13,7 @@ from test_lyra_model import tiny  # noqa: F401  the tiny model is this file's fi
 
 from lyra_model import train as training
 from lyra_model.features import Utterance
-from lyra_model.regularizer import cross_modality_loss, ctc_alignment_loss, nearest_tokens
+from lyra_model.regularizer import alignment_loss, cross_modality_loss, nearest_tokens
 
 SETTINGS = training.Settings(align_steps=12, align_batch=4, joint_steps=12, joint_batch=4, align_lr=1e-2, joint_lr=1e-2)
 
@@ -132,7 +132,7 @@ def test_alignment_loss_is_ctc_over_the_whole_vocabulary_when_all_of_it_is_drawn
     torch.manual_seed(0)
     speech, embedding, blank = torch.randn(2, 9, 6), torch.randn(20, 6) + 1, torch.randn(6)
     ids, lengths = [torch.tensor([3, 3, 5]), torch.tensor([7])], torch.tensor([9, 6])
-    got = ctc_alignment_loss(speech, embedding, blank, ids, lengths, temperature=0.2, negatives=2000)
+    got = alignment_loss(speech, embedding, blank, ids, lengths, temperature=0.2, negatives=2000)
     mean = embedding.mean(0)
     rows = torch.cat([blank[None], embedding]) - mean
     cosine = torch.cosine_similarity((speech - mean)[:, :, None], rows, dim=-1)
@@ -141,6 +141,28 @@ def test_alignment_loss_is_ctc_over_the_whole_vocabulary_when_all_of_it_is_drawn
     likelihood = torch.nn.functional.ctc_loss(log_probs, targets, lengths, torch.tensor([3, 1]))
     norms = (speech - mean).norm(dim=-1) / (embedding - mean).norm(dim=-1).mean()
     torch.testing.assert_close(got, likelihood + 0.1 * (norms - 1).square().mean())
+
+
+@pytest.mark.parametrize("method", ["soft_dtw", "drop_dtw"])
+def test_alignment_by_soft_dtw_is_the_sum_over_the_paths_of_a_transcript_of_one_token(method):
+    torch.manual_seed(0)
+    speech, embedding, blank = torch.randn(1, 9, 6), torch.randn(20, 6) + 1, torch.randn(6)
+    got = alignment_loss(
+        speech, embedding, blank, [torch.tensor([7])], torch.tensor([6]), method=method, negatives=2000, norm_weight=0
+    )
+    mean = embedding.mean(0)
+    rows = torch.cat([blank[None], embedding]) - mean
+    p = (torch.cosine_similarity((speech[0, :6] - mean)[:, None], rows, dim=-1) / 0.06).double().softmax(-1)
+    dropped, said = p[:, 0], p[:, 8]
+    # One token: soft-DTW has one path; with dropping every speech token is said or dropped, not all of them dropped.
+    paths = said.prod() if method == "soft_dtw" else (said + dropped).prod() - dropped.prod()
+    torch.testing.assert_close(got.double(), -paths.log(), rtol=1e-4, atol=0)
+
+
+def test_unknown_alignment_is_refused():
+    with pytest.raises(ValueError, match="method: got 'dtw', expected one of 'ctc', 'soft_dtw', 'drop_dtw'"):
+        alignment_loss(torch.randn(1, 3, 4), torch.randn(5, 4), torch.randn(4), [torch.tensor([1])], torch.tensor([3]),
+                       method="dtw")  # fmt: skip
 
 
 def test_nearest_tokens_merges_repeats_and_drops_blanks():
