@@ -17,7 +17,7 @@ from .corpus import load_texts
 from .modeling import LyraForConditionalGeneration
 from .processor import LyraProcessor
 from .targets import REPEAT
-from .voices import speak
+from .voices import seed_piper, speak
 
 VOICE = "piper:joe"
 ANSWER_TOKENS = 24
@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
     print("Loading the model (put together from its packages the first time: half a minute) ...", flush=True)
     model, processor = load(args.model)
     questions = [t.text for t in load_texts("demo")][: args.questions]
+    seed_piper(0)  # the same questions sound the same in every run
     for number, text in enumerate(questions, start=1):
         path = args.out / f"question_{number}.wav"
         save_audio(path, *speak(text, VOICE))

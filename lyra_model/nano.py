@@ -95,13 +95,13 @@ def load_nano(trained: str | Path = TRAINED, **kwargs) -> tuple[LyraForCondition
     """
     trained = Path(trained)
     weights = load_file(trained / PROJECTOR_FILE)
-    base = assembled(projector_hidden_size=weights["linear_1.weight"].shape[0])
-    model = LyraForConditionalGeneration.from_pretrained(base, **kwargs).eval()
-    model.speech_projector.load_state_dict(weights)
-    if (trained / "adapter_config.json").exists():
-        with _quiet():
+    with _quiet():
+        base = assembled(projector_hidden_size=weights["linear_1.weight"].shape[0])
+        model = LyraForConditionalGeneration.from_pretrained(base, **kwargs).eval()
+        model.speech_projector.load_state_dict(weights)
+        if (trained / "adapter_config.json").exists():
             model.load_adapter(str(trained), adapter_name="speech")
-    return model, LyraProcessor.from_pretrained(base)
+        return model, LyraProcessor.from_pretrained(base)
 
 
 def assembled(*, projector_hidden_size: int = 1024) -> Path:
@@ -122,13 +122,16 @@ def assembled(*, projector_hidden_size: int = 1024) -> Path:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences transformers, which reports every weight that an adapter rightly does not hold as missing."""
-    verbosity = logging.get_verbosity()
+    """Silences transformers: its bars, and its report of every weight that an adapter rightly does not hold."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _fingerprint() -> str:

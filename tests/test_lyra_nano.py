@@ -70,8 +70,9 @@ def run(capsys, *arguments):
 
 
 def test_ask_typed_and_spoken(tmp_path, capsys, question):
-    code, typed, _ = run(capsys, "ask", "--text", "What is the capital of France?")
+    code, typed, error = run(capsys, "ask", "--text", "What is the capital of France?")
     assert code == 0 and "Paris" in typed
+    assert error == "", "bars and warnings of transformers"
     soundfile.write(tmp_path / "q.wav", question, 16000)
     code, out, _ = run(capsys, "ask", "--audio", tmp_path / "q.wav", "--speak", tmp_path / "a.wav", "--json")
     answer = json.loads(out)
@@ -119,6 +120,9 @@ def test_demo_answers_every_question_and_draws_the_alignment(tmp_path, capsys):
     sounds = sorted(tmp_path.glob("question_*.wav"))
     assert len(sounds) >= 5 and all(str(path) in out for path in sounds)
     assert (tmp_path / "alignment.png").read_bytes().startswith(b"\x89PNG")
+
+    assert run(capsys, "demo", "--questions", 1, "--out", tmp_path / "again")[0] == 0
+    assert (tmp_path / "again" / "question_1.wav").read_bytes() == sounds[0].read_bytes(), "other noise, other answers"
 
 
 def test_shipped_weights_are_small_and_say_how_they_were_made():
