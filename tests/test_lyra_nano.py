@@ -70,6 +70,8 @@ def run(capsys, *arguments):
 
 
 def test_ask_typed_and_spoken(tmp_path, capsys, question):
+    nano.assembled()  # shows a bar the first time
+    capsys.readouterr()
     code, typed, error = run(capsys, "ask", "--text", "What is the capital of France?")
     assert code == 0 and "Paris" in typed
     assert error == "", "bars and warnings of transformers"
