@@ -12,7 +12,7 @@ pytest.importorskip("accelerate")
 from test_lyra_model import tiny  # noqa: F401  the tiny model is this file's fixture too
 
 from lyra_model import train as training
-from lyra_model.features import Utterance
+from lyra_model.features import Utterance, load_features
 from lyra_model.regularizer import alignment_loss, cross_modality_loss, nearest_tokens
 
 SETTINGS = training.Settings(align_steps=12, align_batch=4, joint_steps=12, joint_batch=4, align_lr=1e-2, joint_lr=1e-2)
@@ -32,6 +32,17 @@ def run(tiny, utterances, out, *, init=None, settings=SETTINGS):  # noqa: F811
     out.mkdir(exist_ok=True)
     training.train(model, tiny[1], utterances, {"dab": "yes<|im_end|>"}, settings, out, init=init)
     return {n: p for n, p in model.state_dict().items() if "lora" in n or "projector" in n}
+
+
+def test_features_are_loaded_from_any_shard_on(tmp_path):
+    for shard in (3, 4, 5):
+        np.save(tmp_path / f"{shard:05d}.npy", np.full((10, 2), shard, np.float16))
+        rows = [{"end": end, "text": f"{shard} {end}", "voice": "none", "kind": "phrase"} for end in (5, 10)]
+        (tmp_path / f"{shard:05d}.json").write_text(json.dumps(rows))
+    assert [u.text for u in load_features(tmp_path, 3, start=2000)] == ["4 5", "4 10", "5 5"]
+    assert len(load_features(tmp_path)) == 6
+    with pytest.raises(ValueError, match=r"got 2 encoded in .* from 2500 on, expected 3"):
+        load_features(tmp_path, 3, start=2500)
 
 
 def stopping(stages, steps):

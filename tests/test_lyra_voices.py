@@ -124,6 +124,17 @@ def test_shards_hold_the_texts_in_order_and_extend(tmp_path, monkeypatch):
     assert _same(_spoken(tmp_path / "part"), whole)
 
 
+def test_a_later_stretch_has_the_shards_that_the_whole_would_have(tmp_path, monkeypatch):
+    monkeypatch.setattr("lyra_model.synthesis.SHARD_UTTERANCES", 2)
+    synthesize(TEXTS, tmp_path / "all", voices=PIPER)
+    synthesize(TEXTS[2:], tmp_path / "later", voices=PIPER[2:], start=2)
+    names = [path.name for path in shard_paths(tmp_path / "later")]
+    assert names == ["00001.npy", "00002.npy"]
+    assert _same(_spoken(tmp_path / "later"), _spoken(tmp_path / "all")[2:])
+    with pytest.raises(ValueError, match="start: got 3, expected a multiple of 2"):
+        synthesize(TEXTS[3:], tmp_path / "later", voices=PIPER[3:], start=3)
+
+
 def test_complete_shards_are_kept_and_strange_ones_refused(tmp_path):
     synthesize(TEXTS[:2], tmp_path, voices=PIPER[:2])
     (shard,) = shard_paths(tmp_path)
