@@ -34,6 +34,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 using cudaStream_t = void*;
@@ -102,6 +103,9 @@ class Device {
     for (int b = 0; b < blocks && error_.empty(); ++b) {
       blockIdx = {static_cast<unsigned>(b), 0, 0};
       shared_.assign(shared_bytes / sizeof(uint64_t) + 2, ~uint64_t{0});  // NaN in any float type
+      std::erase_if(touched_, [this](const auto& place) {
+        return place.first >= shared_.data() && place.first < shared_.data() + shared_.size();
+      });
       run_block();
     }
     if (!error_.empty()) throw std::runtime_error(error_);
@@ -387,6 +391,8 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
   }
   return votes;
 }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == mask; }
 

@@ -1,0 +1,114 @@
+// The kernels of csrc/token_select/, run on the CPU by lyra/host_cuda.h, as a Python module.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <vector>
+
+#include "token_select/gather.cuh"
+#include "token_select/select.cuh"
+
+namespace py = pybind11;
+using namespace lyra::token_select;
+
+namespace {
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style>;
+template <class T>
+using Maybe = std::optional<Array<T>>;
+
+template <class T>
+const T* pointer(const Maybe<T>& array) {
+  return array ? array->data() : nullptr;
+}
+
+void check(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error("launch failed");
+}
+
+std::vector<char> workspace(int64_t bytes) { return std::vector<char>(static_cast<size_t>(bytes), 0x7f); }
+
+Array<int64_t> poisoned(std::vector<int64_t> shape) {
+  Array<int64_t> array(shape);
+  std::fill_n(array.mutable_data(), array.size(), int64_t{-77});
+  return array;
+}
+
+// scores (B, P, L), or (1, P, T) with cu_seqlens.
+py::tuple run_select(Array<float> scores, Array<bool> candidates, Maybe<bool> key_mask, Maybe<int64_t> segment,
+                     int64_t segments, Maybe<int64_t> counts, Maybe<double> shares, double share, int64_t count,
+                     int64_t min_keep, int64_t capacity, int layout, Maybe<int32_t> cu_seqlens, bool split) {
+  const int64_t rows = scores.shape(0), length = scores.shape(2);
+  const int64_t batch = cu_seqlens ? cu_seqlens->size() - 1 : rows;
+  const bool per_segment = (counts && counts->ndim() == 2) || (shares && shares->ndim() == 2);
+  auto index = poisoned({layout == kPacked ? 1 : batch, capacity}), lengths = poisoned({batch});
+  auto inverse = poisoned({rows, length});
+  const Selection p{
+      batch,
+      scores.shape(1),
+      length,
+      capacity,
+      segments,
+      scores.data(),
+      candidates.data(),
+      pointer(key_mask),
+      pointer(segment),
+      pointer(cu_seqlens),
+      {pointer(counts), pointer(shares), per_segment ? segments : 1, per_segment ? 1 : 0, share, count, min_keep},
+      static_cast<Layout>(layout),
+      index.mutable_data(),
+      lengths.mutable_data(),
+      inverse.mutable_data()};
+  const Plan plan = split ? kSplitBlocks : kOneBlock;
+  auto notes = workspace(select_workspace_bytes(p, plan) + 16);
+  const auto aligned = (reinterpret_cast<uintptr_t>(notes.data()) + 15) & ~uintptr_t{15};
+  check(select(p, plan, reinterpret_cast<void*>(aligned), nullptr));
+  return py::make_tuple(index, lengths, inverse);
+}
+
+// tensors: (from, to, planes, heads, row_bytes, plane_stride, sample_stride, token_stride, head_stride, fill), the
+// first two addresses, the strides in bytes, the fill 16 bytes. Returns the widths of the vectors.
+std::vector<int64_t> run_gather(const std::vector<py::tuple>& tensors, Array<int64_t> index, int64_t batch,
+                                int64_t length, bool flat) {
+  Table table{batch, length, index.shape(0), index.shape(1), index.data(), flat, 0, {}};
+  std::vector<int64_t> widths;
+  for (const py::tuple& t : tensors) {
+    const auto number = [&](int i) { return t[i].cast<int64_t>(); };
+    Rows rows{reinterpret_cast<const char*>(number(0)),
+              reinterpret_cast<char*>(number(1)),
+              number(2),
+              number(3),
+              number(4),
+              number(5),
+              number(6),
+              number(7),
+              number(8),
+              {},
+              0,
+              0,
+              0};
+    const auto fill = t[9].cast<std::string>();
+    std::memcpy(rows.fill, fill.data(), sizeof(rows.fill));
+    widths.push_back(vector_width(rows));
+    table.tensors[table.count++] = rows;
+  }
+  check(gather(table, nullptr));
+  return widths;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(LYRA_MODULE, m) {
+  m.def("select", &run_select);
+  m.def("gather", &run_gather);
+  m.def("configure", [](const std::string& order, unsigned seed) {
+    auto& settings = lyra::host::settings();
+    settings.order = order == "forward"   ? lyra::host::kForward
+                     : order == "reverse" ? lyra::host::kReverse
+                                          : lyra::host::kShuffled;
+    settings.seed = seed;
+  });
+  m.attr("SPLIT_TOKENS") = kSplitTokens;
+}
