@@ -145,11 +145,8 @@ class TokenExtractor:
                 if early:
                     check_early(i, layer)
                     self._handles += _drop_inside(layer)
-        self._own_losses = [
-            (part, part.__dict__.get("_loss_function"))
-            for part in model.modules()
-            if hasattr(part, "loss_function") and any(inner is self.text_model for inner in part.modules())
-        ]
+        takes_labels = [m for m in model.modules() if "labels" in inspect.signature(type(m).forward).parameters]
+        self._own_losses = [(part, part.__dict__.get("_loss_function")) for part in takes_labels]
         for part, _ in self._own_losses:
             part.loss_function = self._on_kept_tokens(part.loss_function)
 

@@ -1,0 +1,48 @@
+"""The benchmarks of token dropping: their arithmetic, and that their commands run."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from bench.model import prefill
+
+
+@pytest.fixture
+def small(monkeypatch) -> None:
+    config = Qwen2Config(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=8, num_attention_heads=4,
+        num_key_value_heads=2, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    monkeypatch.setattr(prefill, "shapes", lambda: {"small": (Qwen2ForCausalLM, config)})
+
+
+@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize("keep, logits", [(1.0, 0), (1.0, 1), (0.7, 1)])
+def test_the_bound_counts_the_products_that_torch_makes(small, keep, logits, early):
+    model = prefill.build("small", "cpu", torch.float32)
+    ids = torch.zeros(1, 300, dtype=torch.long)
+    with (
+        torch.inference_mode(),
+        prefill.dropping(model, torch.arange(300)[None] < 300 - prefill.TEXT_TOKENS, keep, early),
+        FlopCounterMode(display=False) as counted,
+    ):
+        model(input_ids=ids, logits_to_keep=logits)
+    by_op = counted.get_flop_counts()["Global"]
+    linear = sum(n for op, n in by_op.items() if op in (torch.ops.aten.mm, torch.ops.aten.addmm))
+    assert linear == prefill.flops(model.config, 300, keep, early, logits)[0]
+
+
+def test_prefill_writes_what_it_measured(small, tmp_path):
+    for lengths in (["200"], ["150", "200"]):
+        command = ["small", "--lengths", *lengths, "--keep", "0.7", "--repeats", "1", "--device", "cpu"]
+        assert prefill.main([*command, "--json", f"{tmp_path}/p.json"]) == 0
+    runs = json.loads((tmp_path / "p.json").read_text())["runs"]
+    assert [run["length"] for run in runs] == [150, 200]
+    for run in runs:
+        assert [row["variant"] for row in run["rows"]] == [name for name, *_ in prefill.variants([0.7])]
+        assert all(row["seconds"]["median"] > 0 for row in run["rows"])
