@@ -469,6 +469,19 @@ def test_what_it_cannot_serve_it_refuses():
         apply_token_extractor(model)
 
 
+def test_a_model_is_patched_once():
+    model = tiny("llama")
+    inputs = sample("llama", 8, 5, seed=0)
+    extractor = apply_token_extractor(model, keep={1: 0.5}, min_keep=0)
+    with pytest.raises(ValueError, match="remove"):
+        apply_token_extractor(model, keep={1: 0.5}, min_keep=0)
+    once = run(model, extractor, inputs).logits
+    extractor.remove()
+    extractor.remove()  # does nothing
+    again = run(model, apply_token_extractor(model, keep={1: 0.5}, min_keep=0), inputs).logits
+    assert torch.equal(once, again)
+
+
 def test_layers_that_cannot_drop_early_are_named():
     model = tiny("llama")
     del model.model.layers[1].mlp

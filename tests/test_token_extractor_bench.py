@@ -23,7 +23,7 @@ def small(monkeypatch) -> None:
 
 @pytest.mark.parametrize("early", [True, False])
 @pytest.mark.parametrize("keep, logits", [(1.0, 0), (1.0, 1), (0.7, 1)])
-def test_the_bound_counts_the_products_that_torch_makes(small, keep, logits, early):
+def test_the_flops_are_the_products_that_torch_makes(small, keep, logits, early):
     model = prefill.build("small", "cpu", torch.float32)
     ids = torch.zeros(1, 300, dtype=torch.long)
     with (

@@ -28,6 +28,7 @@ from lyra_ops.integrations._decoder import check_attention, check_cache, check_e
 from lyra_ops.token_select import TokenSelection, gather_tokens, select_tokens, token_scores
 
 POLICIES = ("text", "last_row", "random", "uniform")
+_PATCHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _DROP = "token_drop"  # the argument by which a drop reaches the inside of its layer
 _TOKEN_ID_NAMES = [f"{kind}_token_{end}" for kind in ("image", "video", "audio", "speech") for end in ("id", "index")]
 
@@ -113,6 +114,11 @@ class TokenExtractor:
         self.shares = drop_schedule(model, len(layers), blocks, keep)
         if score not in POLICIES:
             raise ValueError(f"score: got {score!r}, expected one of {', '.join(POLICIES)}")
+        if early:
+            for i in self.shares:
+                check_early(i, layers[i])
+        if self.text_model in _PATCHED:
+            raise ValueError("model: drops tokens already; remove() its extractor first")
         self.min_keep, self.score, self.early, self.seed = min_keep, score, early, seed
         ids = [getattr(model.config, name, None) for name in _TOKEN_ID_NAMES]
         self.modality_token_ids = (
@@ -126,6 +132,7 @@ class TokenExtractor:
         self._drop = _Drop()  # of the layer that runs
         self._restore_attention: Callable[[], None] | None = None
 
+        _PATCHED.add(self.text_model)
         self._handles = [
             model.register_forward_pre_hook(self._on_model, with_kwargs=True),
             model.register_forward_hook(self._after_model, always_call=True),
@@ -143,7 +150,6 @@ class TokenExtractor:
                 self._handles.append(layer.register_forward_hook(self._after_drop(i), with_kwargs=True))
                 self._handles.append(layer.register_forward_hook(self._release, always_call=True))
                 if early:
-                    check_early(i, layer)
                     self._handles += _drop_inside(layer)
         takes_labels = [m for m in model.modules() if "labels" in inspect.signature(type(m).forward).parameters]
         self._own_losses = [(part, part.__dict__.get("_loss_function")) for part in takes_labels]
@@ -152,9 +158,12 @@ class TokenExtractor:
 
     def remove(self) -> None:
         """The model as it was before."""
+        if not self._handles:
+            return
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        _PATCHED.discard(self.text_model)
         for part, own in self._own_losses:
             if own is None:
                 part.__dict__.pop("_loss_function", None)
@@ -358,25 +367,35 @@ class TokenExtractor:
 
     def _decide(self, i: int, scores: Tensor) -> None:
         prompt = self._prompt
+        # On the left, so that the last real token stays in the last column, where `generate` reads logits.
         selection = select_tokens(
-            scores, prompt.modality, keep=self.shares[i], min_keep=self.min_keep, key_mask=prompt.real
+            scores,
+            prompt.modality,
+            keep=self.shares[i],
+            min_keep=self.min_keep,
+            key_mask=prompt.real,
+            layout="left",
         )
         self._drop.decided = True
         if not torch.equal(selection.mask, prompt.real):
-            self._drop.selection = _padded_left(selection)
+            self._drop.selection = selection
 
     def _leave_out(self, selection: TokenSelection, hidden: Tensor, kwargs: dict) -> Tensor:
         """The kept rows of the layer's output; later layers get the kept rows of all else."""
         prompt, batch = self._prompt, hidden.shape[0]
+        # By itself: what is gathered together with a tensor that requires grad requires grad, too.
+        (hidden,) = gather_tokens(selection, hidden)
         cos, sin = (x.expand(batch, -1, -1) for x in kwargs["position_embeddings"])
-        hidden, cos, sin = gather_tokens(selection, hidden, cos, sin)
+        fills = {"modality": 0, "query": 0, "keys": 0, "real": 0, "positions": -1, "targets": -100}
+        tensors, fill = [cos, sin, *(getattr(prompt, name) for name in fills)], [0, 0, *fills.values()]
         position_ids = kwargs.get("position_ids")
         if position_ids is not None:
-            (position_ids,) = gather_tokens(selection, position_ids.expand(batch, -1))
-        fills = {"modality": 0, "query": 0, "keys": 0, "real": 0, "positions": -1, "targets": -100}
-        kept = gather_tokens(selection, *(getattr(prompt, name) for name in fills), fill=list(fills.values()))
+            tensors, fill = [*tensors, position_ids.expand(batch, -1)], [*fill, 0]
+        cos, sin, *kept = gather_tokens(selection, *tensors, fill=fill)
         for name, tensor in zip(fills, kept):
             setattr(prompt, name, tensor)
+        if position_ids is not None:
+            position_ids = kept[-1]
         arguments = {
             "attention_mask": self._attention_mask(prompt.real, hidden.shape[1], hidden),
             "position_embeddings": (cos, sin),
@@ -456,12 +475,3 @@ def _packed(position_ids: Tensor | None) -> bool:
     if position_ids is not None and position_ids.ndim == 3:
         position_ids = position_ids[0] if position_ids.shape[0] == 4 else None
     return position_ids is not None and bool((position_ids.diff(dim=-1) < 0).any())
-
-
-def _padded_left(selection: TokenSelection) -> TokenSelection:
-    """The last real token stays in the last column, where `generate` reads the next token's logits."""
-    index, lengths, inverse = selection
-    shift = (index.shape[1] - lengths)[:, None]
-    place = torch.arange(index.shape[1], device=index.device) - shift
-    index = index.gather(1, place.clamp(min=0)).masked_fill(place < 0, -1)
-    return TokenSelection(index, lengths, torch.where(inverse < 0, inverse, inverse + shift))
