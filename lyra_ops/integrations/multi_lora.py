@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lyra_ops._checks import INT_DTYPES, check_tensor, readable
-from lyra_ops.multi_lora import BankKeeper, LoraBank, LoraRouting, add_adapters, multi_lora_linear
+from lyra_ops.multi_lora import LoraBank, LoraRouting, add_adapters, run_checked
+from lyra_ops.multi_lora.function import Base
 
 # peft's layers around quantised linears. By name, because peft defines some of them only beside their packages.
 QUANTISED = (
@@ -173,10 +174,10 @@ class _Assignment:
     per_token: Tensor | None  # (B, L) or (T,)
     per_sample: Tensor | None  # (B,)
     routings: dict = field(default_factory=dict)
-    keepers: dict = field(default_factory=dict)  # of packed banks, by layer
+    prepared: dict = field(default_factory=dict)  # by layer
 
     def routing(self, x: Tensor, bank: LoraBank) -> LoraRouting:
-        shape = tuple(x.shape[:-1])
+        shape = x.shape[:-1]
         key = (shape, bank.names, x.device, _in_inference_mode())
         if key not in self.routings:
             ids = self._ids(shape).to(x.device)
@@ -201,41 +202,62 @@ class _Assignment:
         return places
 
 
+@dataclass
+class _Prepared:
+    """What a layer needs in a route, found once and taken again while the layer's adapters are the same tensors."""
+
+    sources: list[tuple[dict, Tensor]]  # the parameters of a module of peft, and the weight that was among them
+    scaling: dict[str, float]  # of the layer, as it was
+    bank: LoraBank
+    dropouts: dict[str, float]
+
+    def holds(self, scaling: dict[str, float]) -> bool:
+        return self.scaling == scaling and all(own.get("weight") is weight for own, weight in self.sources)
+
+
 class _RoutedLinear:
     """A layer of peft; while a route is set, each token goes through its own adapter. Mixed in by a change of class."""
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         assignment = self._lyra_routed._now
-        present = [name for name in self.lora_A if assignment is not None and name in assignment.names]
-        if not present or self.disable_adapters or kwargs.get("adapter_names") is not None:
+        if assignment is None or self.disable_adapters or kwargs.get("adapter_names") is not None:
             return super().forward(x, *args, **kwargs)
-        if self.merged:
+        prepared = assignment.prepared.get(self)
+        if prepared is None or not prepared.holds(self.scaling):
+            prepared = assignment.prepared[self] = self._prepare(assignment)
+        if prepared.bank is None:
+            return super().forward(x, *args, **kwargs)
+        if self.merged_adapters:
             merged = ", ".join(self.merged_adapters)
             raise ValueError(f"adapters: got a route while {merged} is merged, expected unmerge_adapter() before")
-        bank = self._bank(present, assignment)
-        routing = assignment.routing(x, bank)
-        options = {"dropout_p": self._dropout(present), "training": self.training}
-        base = self.base_layer
+        if self.training and len(set(prepared.dropouts.values())) > 1:
+            raise ValueError(f"lora_dropout: got {prepared.dropouts}, expected the same for all adapters of a batch")
+        bank, base = prepared.bank, self.base_layer
+        routing, dropout_p = assignment.routing(x, bank), next(iter(prepared.dropouts.values()))
         if _is_plain(base) and not (args or kwargs):
-            return multi_lora_linear(x, base.weight, bank, routing, base.bias, **options)
+            arguments = x, (Base(base.weight, base.bias, None),), (bank,), routing, dropout_p, self.training, None
+            return run_checked(*arguments)[0]
         y = base(x, *args, **kwargs)
         # What a foreign autograd function returns may be a view that must not be written to, or be kept for backward.
-        return add_adapters(y.clone() if y.requires_grad else y, x, bank, routing, **options)
+        y = y.clone() if y.requires_grad else y
+        return add_adapters(y, x, bank, routing, dropout_p=dropout_p, training=self.training)
 
-    def _bank(self, present: list[str], assignment: _Assignment) -> LoraBank:
+    def _prepare(self, assignment: _Assignment) -> _Prepared:
+        """Raises for what cannot be routed; without a bank where the layer has none of the adapters."""
+        present = [name for name in self.lora_A if name in assignment.names]
         for name in present:
             if name in self.lora_variant:
                 raise ValueError(f"adapter {name!r}: got {type(self.lora_variant[name]).__name__}, expected plain LoRA")
             if self.lora_B[name].bias is not None:
                 raise ValueError(f"adapter {name!r}: got lora_bias=True, expected False")
-        keeper = assignment.keepers.setdefault(self, BankKeeper())
-        return keeper.bank({n: (self.lora_A[n].weight, self.lora_B[n].weight, self.scaling[n]) for n in present})
-
-    def _dropout(self, present: list[str]) -> float:
-        chances = {name: getattr(self.lora_dropout[name], "p", 0.0) for name in present}
-        if self.training and len(set(chances.values())) > 1:
-            raise ValueError(f"lora_dropout: got {chances}, expected the same for all adapters of a batch")
-        return next(iter(chances.values()))
+        modules = [module for name in present for module in (self.lora_A[name], self.lora_B[name])]
+        adapters = {n: (self.lora_A[n].weight, self.lora_B[n].weight, self.scaling[n]) for n in present}
+        return _Prepared(
+            sources=[(module._parameters, module.weight) for module in modules],
+            scaling=dict(self.scaling),
+            bank=LoraBank.pack(adapters) if present else None,
+            dropouts={name: getattr(self.lora_dropout[name], "p", 0.0) for name in present},
+        )
 
 
 class _RoutedBlock:

@@ -114,7 +114,7 @@ def multi_lora_linear(
     _check_x(x)
     _check_base(x, weight, bias, "weight", "bias")
     _check_adapters(x, weight.shape[0], bank, routing, dropout_p)
-    return _run(x, [Base(weight, bias, None)], [bank], routing, dropout_p, training, backend)[0]
+    return run_checked(x, (Base(weight, bias, None),), (bank,), routing, dropout_p, training, backend)[0]
 
 
 def multi_lora_linears(
@@ -145,7 +145,7 @@ def multi_lora_linears(
         _check_base(x, weight, bias, f"weights[{j}]", f"biases[{j}]")
         _check_adapters(x, weight.shape[0], bank, routing, dropout_p)
     bases = [Base(weight, bias, None) for weight, bias in zip(weights, biases)]
-    return _run(x, bases, banks, routing, dropout_p, training, backend)
+    return tuple(run_checked(x, bases, banks, routing, dropout_p, training, backend))
 
 
 def add_adapters(
@@ -168,35 +168,39 @@ def add_adapters(
     _check_adapters(x, y.shape[-1], bank, routing, dropout_p)
     if not y.is_contiguous() or (y.requires_grad and y._is_view()):
         y = y.clone(memory_format=torch.contiguous_format)
-    return _run(x, [Base(None, None, y)], [bank], routing, dropout_p, training, backend)[0]
+    return run_checked(x, (Base(None, None, y),), (bank,), routing, dropout_p, training, backend)[0]
 
 
-def _run(
+def run_checked(
     x: Tensor,
-    bases: list[Base],
-    banks: list[LoraBank],
+    bases: Sequence[Base],
+    banks: Sequence[LoraBank],
     routing: LoraRouting,
     dropout_p: float,
     training: bool,
     backend: str | None,
-) -> tuple[Tensor, ...]:
+) -> Sequence[Tensor]:
+    """y of each base layer and its bank, for arguments that are known to fit together."""
     # Autocast's dtype, and two dimensions, because batched matrix products of a strided x are many times slower.
     dtype = bases[0].y.dtype if bases[0].weight is None else _dtype_of_linear(x)
     backend = _choose(x, dtype, routing, backend)
     drop = dropout.units(dropout_p) if training else 0
     seed = dropout.new_seed(x.device) if drop else None
-    tokens = x.flatten(0, -2).to(dtype)
+    tokens = x if x.ndim == 2 else x.flatten(0, -2)
+    tokens = tokens if x.dtype == dtype else tokens.to(dtype)
     weights = routing.weights
     if weights is not None:
         weights = weights.flatten(0, -2).to(torch.promote_types(dtype, torch.float32))
-    if backend == "reference":
+    if backend == "cpu":
+        ys = cpu.linears(Call(cpu, banks, routing, seed, drop), tokens, weights, bases)
+    elif backend == "reference":
         ys = []
         for base, bank in zip(bases, banks):
             y = base(tokens) if base.y is None else base.y.flatten(0, -2)
             ys.append(reference.add_adapters(y, tokens, bank.rows(dtype), routing.pairs, weights, seed, drop))
     else:
-        ys = linears(Call(_engine(backend), banks, routing, seed, drop), tokens, weights, bases)
-    return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
+        ys = linears(Call(fused.COMPILED, banks, routing, seed, drop), tokens, weights, bases)
+    return ys if x.ndim == 2 else [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
 
 
 def _dtype_of_linear(x: Tensor) -> torch.dtype:
@@ -206,23 +210,18 @@ def _dtype_of_linear(x: Tensor) -> torch.dtype:
 
 
 def _choose(x: Tensor, dtype: torch.dtype, routing: LoraRouting, backend: str | None) -> str:
-    if x.device.type != "cpu":
-        why_not_cpu = f"the tensors are on {x.device.type}"
+    device, why_not = x.device.type, {"cuda": None, "cpu": None, "reference": None}
+    if device != "cpu":
+        why_not["cpu"] = f"the tensors are on {device}"
     elif torch.compiler.is_compiling() or routing.parts is None:
-        why_not_cpu = "the sizes of its products depend on the ids, which torch.compile cannot know"
-    else:
-        why_not_cpu = None
-    if x.device.type != "cuda":
-        why_not_cuda = f"the tensors are on {x.device.type}"
+        why_not["cpu"] = "the sizes of its products depend on the ids, which torch.compile cannot know"
+    if device != "cuda":
+        why_not["cuda"] = f"the tensors are on {device}"
     elif dtype == torch.float64:
-        why_not_cuda = "it does not compute in float64"
+        why_not["cuda"] = "it does not compute in float64"
     else:
-        why_not_cuda = missing_kernel("multi_lora_shrink_", "cuda")
-    return choose("multi_lora_linear", {"cuda": why_not_cuda, "cpu": why_not_cpu, "reference": None}, backend)
-
-
-def _engine(backend: str) -> object:
-    return cpu if backend == "cpu" else fused.COMPILED
+        why_not["cuda"] = missing_kernel("multi_lora_shrink_", "cuda")
+    return choose("multi_lora_linear", why_not, backend)
 
 
 def _check_x(x: object) -> None:

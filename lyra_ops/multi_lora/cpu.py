@@ -1,7 +1,8 @@
 """Routed LoRA on a CPU: each adapter multiplies its own tokens, as they lie in memory where they lie in runs.
 
-The matrix products are torch's own, on the adapters' own memory. Arguments have been checked by the public functions of
-this package. T tokens, S adapters per token.
+The matrix products are torch's own, on the adapters' own memory. Which way a call goes is decided in `linears`, by three
+numbers that may be set to others. Arguments have been checked by the public functions of this package. T tokens,
+S adapters per token.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import torch
 from torch import Tensor
 
 from lyra_ops._backend import missing_kernel
-from lyra_ops.multi_lora import dropout
+from lyra_ops.multi_lora import dropout, function, reference
+from lyra_ops.multi_lora.bank import LoraBank
 from lyra_ops.multi_lora.function import Gradients
 
-# Tokens of an adapter that come in runs of at least so many on average are multiplied run by run; shorter ones are
-# brought together first. `python -m bench multi_lora` measures both.
-RUN = 16
+# Measured by `python -m bench multi_lora` on two cores of an AMD EPYC.
+RUN = 16  # an adapter's tokens in runs of at least so many on average are multiplied run by run, shorter ones together
+FEW_TOKENS = 32  # up to so many tokens of several frozen adapters: one product with all of them
+ONE_NODE = 256  # from so many tokens on one autograd node is faster than one per operation
 
 
 class Part(NamedTuple):
@@ -53,6 +56,47 @@ def plan(adapter_ids: Tensor) -> list[Part]:
             else:
                 parts.append(Part(e, slot, (ids == e).nonzero().flatten()))
     return parts
+
+
+def linears(call: function.Call, x: Tensor, weights: Tensor | None, bases: list[function.Base]) -> list[Tensor]:
+    """y (T, N) for each base layer and its bank, x (T, K) being in the dtype of y."""
+    parts, graph = call.routing.parts, torch.is_grad_enabled()
+    if weights is None and not (graph and len(x) >= ONE_NODE):
+        if len(parts) == 1 and parts[0].tokens is None:
+            options = (parts[0].adapter, call.seed, call.drop)
+            return [add_one(base(x), x, bank, *options) for base, bank in zip(bases, call.banks)]
+        if parts and len(x) <= FEW_TOKENS and not graph:
+            options = (call.routing.pairs, None, call.seed, call.drop)
+            rows = [bank.rows(x.dtype) for bank in call.banks]
+            return [reference.add_adapters(base(x), x, mine, *options) for base, mine in zip(bases, rows)]
+    return function.linears(call, x, weights, bases)
+
+
+def add_one(y: Tensor, x: Tensor, bank: LoraBank, adapter: int, seed: Tensor | None, drop: int) -> Tensor:
+    """Adds one adapter to all tokens, in place, in operations that autograd knows."""
+    a, b = bank.adapters[adapter]
+    if a.dtype != y.dtype:
+        a, b = a.to(y.dtype), b.to(y.dtype)
+    shrunk = x @ a.T if seed is None else dropout.dropped_product(x, a, seed, drop)
+    rows = y if y.ndim == 2 else y.view(x.shape[0], -1)
+    rows.addmm_(shrunk, b.T, alpha=bank.scalings[adapter] * dropout.scale(drop))
+    if len(bank.names) > 1 and torch.is_grad_enabled():
+        others = [t for e, pair in enumerate(bank.adapters) for t in pair if e != adapter and t.requires_grad]
+        return _WithZeroGradients.apply(y, *others) if others else y
+    return y
+
+
+class _WithZeroGradients(torch.autograd.Function):
+    """y, for which the other tensors have the gradient zero instead of none."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
+        return grad, *(torch.zeros_like(t) for t in ctx.saved_tensors)
 
 
 def add(ys, x, banks, routing, weights, seed, drop) -> list[Tensor]:
