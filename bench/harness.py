@@ -45,6 +45,7 @@ class Workload:
     plain: Callable[..., Tensor]
     costs: dict[str, Cost]  # per direction: FORWARD, BOTH
     items: tuple[str, int]  # what to count per second, for example ("cells", 614400)
+    budget: tuple[int, float] = (7, 1.0)  # on a CPU: at least so many runs, and more for so many seconds
 
 
 @dataclass
@@ -81,7 +82,9 @@ def measure(workloads: Iterable[Workload], device: str, ceilings: dict[str, floa
                 function = workload.implementations[name]
                 run = call(function, workload.inputs(), direction)
                 samples, timing = (
-                    time_gpu(run, workload, function, direction, quick) if device == "cuda" else time_cpu(run, quick)
+                    time_gpu(run, workload, function, direction, quick)
+                    if device == "cuda"
+                    else time_cpu(run, workload.budget, quick)
                 )
                 median = statistics.median(samples)
                 yield Result(
@@ -155,9 +158,9 @@ def percentile(samples: list[float], percent: int) -> float:
     return ordered[min(len(ordered) * percent // 100, len(ordered) - 1)]
 
 
-def time_cpu(run: Callable[[], object], quick: bool) -> tuple[list[float], str]:
+def time_cpu(run: Callable[[], object], budget: tuple[int, float], quick: bool) -> tuple[list[float], str]:
     run()
-    least, seconds = (3, 0.1) if quick else (7, 1.0)
+    least, seconds = (3, 0.1) if quick else budget
     samples: list[float] = []
     while len(samples) < least or (sum(samples) < seconds and len(samples) < 1000):
         start = time.perf_counter()

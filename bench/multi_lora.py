@@ -1,121 +1,202 @@
-"""multi_lora_linear beside peft: a frozen layer, and adapters of rank 64 of which each has its share of the tokens."""
+"""multi_lora_linear beside peft: a frozen layer, and adapters of rank 64 of which each has its share of the tokens.
+
+On a CPU in float32: square layers, 1 to 2048 tokens, 1 and 4 adapters, and a bank that no token is routed to. On a GPU
+in bfloat16: training at 8192 tokens, decoding at 1 and 16.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 import lyra_ops
 from bench.harness import BOTH, FORWARD, Cost, Workload
+from lyra_ops.multi_lora import BankKeeper
 
-RANK = 64
-SIZES = (576, 1536, 3584)
-TOKENS = (1, 16, 512, 2048)
+RANK, SCALING = 64, 2.0
+CPU_SIZES, CPU_TOKENS = (576, 1536, 3584), (1, 16, 512, 2048)
+BASE = "the layer without adapters (not the same result)"
 
 
 def workloads(device: str, quick: bool) -> Iterator[Workload]:
-    for size in SIZES[:1] if quick else SIZES:
-        for tokens in TOKENS[1:3] if quick else TOKENS:
-            for adapters in (1, 4):
-                if adapters <= tokens:
-                    yield workload(device, size, tokens, adapters)
+    if device == "cuda":
+        shapes = [(3584, 8192, [FORWARD, BOTH]), (3584, 1, [FORWARD]), (3584, 16, [FORWARD])]
+        idle = [(3584, 8192), (3584, 1)]
+    else:
+        shapes = [(size, tokens, [FORWARD, BOTH]) for size in CPU_SIZES for tokens in CPU_TOKENS]
+        idle = [(1536, 1), (1536, 2048)]
+    if quick:
+        shapes, idle = [(size // 8, min(tokens, 64), both) for size, tokens, both in shapes[1:3]], [(72, 64)]
+    for size, tokens, directions in shapes:
+        for adapters in (1, 4):
+            if adapters <= tokens:
+                yield workload(device, size, tokens, adapters, directions)
+    for size, tokens in idle:
+        yield workload(device, size, tokens, 4, [FORWARD, BOTH], idle=True)
 
 
-def workload(device: str, size: int, tokens: int, adapters: int) -> Workload:
-    """Square, float32 on a CPU, bfloat16 on a GPU; tokens in runs of random length, as modalities come."""
+def in_runs(tokens: int, adapters: int) -> Tensor:
+    """An adapter for each token, in two runs of random length per adapter, as modalities come."""
+    if adapters == 1:
+        return torch.zeros(tokens, dtype=torch.int64)
+    cuts = torch.randperm(tokens - 1, generator=torch.Generator().manual_seed(0))[: 2 * adapters - 1].sort().values + 1
+    runs = torch.tensor_split(torch.zeros(tokens, dtype=torch.int64), cuts.tolist())
+    return torch.cat([run + k % adapters for k, run in enumerate(runs)])
+
+
+def workload(
+    device: str, size: int, tokens: int, adapters: int, directions: list[str], *, idle: bool = False
+) -> Workload:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    generator = torch.Generator().manual_seed(0)
-    cuts = torch.randperm(tokens - 1, generator=generator)[: 2 * adapters - 1].sort().values + 1
-    runs = torch.tensor_split(torch.zeros(tokens, dtype=torch.int64), cuts.tolist()) if adapters > 1 else ()
-    ids = torch.cat([run + k % adapters for k, run in enumerate(runs)]) if runs else torch.zeros(tokens).long()
-    present = len(ids.unique())
-    weight = torch.randn(size, size, generator=generator).to(device, dtype) / size**0.5
-    scaling = 2.0
+    ids = torch.full((tokens,), -1) if idle else in_runs(tokens, adapters)
+    weight = (torch.randn(size, size, generator=torch.Generator().manual_seed(0)) / size**0.5).to(device, dtype)
+    names, where = [f"adapter {e}" for e in range(adapters)], ids.to(device)
 
-    def inputs() -> tuple[torch.Tensor, ...]:
-        x = torch.randn(tokens, size, device=device, dtype=dtype)
-        a = torch.randn(adapters, RANK, size, device=device, dtype=dtype) / size**0.5
-        b = torch.randn(adapters, size, RANK, device=device, dtype=dtype) / RANK**0.5
-        return x, a, b
+    def inputs() -> tuple[Tensor, ...]:
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, device=device, dtype=dtype) / shape[1] ** 0.5
 
-    where = ids.to(device)
-    names = [f"adapter {e}" for e in range(adapters)]
-    zero = torch.zeros(1, 1)
-    routing = lyra_ops.LoraRouting(
-        where, lyra_ops.LoraBank.pack({name: (zero.to(device, dtype), zero.to(device, dtype), 1.0) for name in names})
-    )
+        # x, then A and B of each adapter
+        return normal(tokens, size), *(t for _ in names for t in (normal(RANK, size), normal(size, RANK)))
 
-    def ours(backend: str | None):
-        frozen: list[tuple[torch.Tensor, lyra_ops.LoraBank]] = []
+    implementations: dict[str, Callable[..., Tensor]] = {"lyra": ours(weight, names, where)}
+    if device == "cuda" or (adapters > 1 and tokens <= 512):
+        implementations["lyra (reference)"] = ours(weight, names, where, "reference")
+    if find_spec("peft") and not idle:
+        implementations |= peft_layers(weight, names, ids)
+    if adapters == 1:
+        implementations["torch addmm"] = addmm(weight)
+    elif not idle:
+        implementations["torch, adapter by adapter"] = adapter_by_adapter(weight, where)
+        if device == "cuda":
+            implementations["torch, sorted, grouped_mm"] = grouped(weight, where, adapters)
+    implementations[BASE] = lambda x, *ab: _Unused.apply(F.linear(x, weight), *ab)
 
-        def run(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-            if torch.is_grad_enabled() or not frozen or frozen[0][0] is not a:  # one that is not trained is packed once
-                bank = lyra_ops.LoraBank.pack({name: (a[e], b[e], scaling) for e, name in enumerate(names)})
-                frozen[:] = [(a, bank)]
-            return lyra_ops.multi_lora_linear(x, weight, frozen[0][1], routing, backend=backend)
-
-        return run
-
-    def base(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        # 0 * a[0, 0, 0]: a gradient for all inputs, of no cost
-        return F.linear(x, weight) + 0 * (a[0, 0, 0] + b[0, 0, 0])
-
-    def each_and_mask(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    def each_and_mask(x: Tensor, *ab: Tensor) -> Tensor:
         y = F.linear(x, weight.to(x.dtype))  # the float64 run of the gate comes here, too
-        for e in range(adapters):
-            y = y + (where == e)[:, None] * (x @ a[e].T @ b[e].T * scaling)
+        for e, (a, b) in enumerate(zip(ab[::2], ab[1::2])):
+            y = y + (where == e)[:, None] * (x @ a.T @ b.T * SCALING)
         return y
 
-    implementations = {"lyra": ours(None), "lyra (all adapters on all tokens)": ours("reference")}
-    if find_spec("peft"):
-        implementations |= peft_layers(weight, adapters, scaling, ids)
-    implementations |= {"torch, adapter by adapter and mask": each_and_mask}
-    numbers = tokens * size * 2 + size * size + adapters * 2 * RANK * size
-    flops = 2 * tokens * size * size + 4 * tokens * RANK * size
+    routed, present = int((ids >= 0).sum()), len(set(ids.tolist()) - {-1})
+    numbers = 2 * tokens * size + size * size + 2 * present * RANK * size
+    flops = 2 * tokens * size * size + 4 * routed * RANK * size
+    costs = {
+        FORWARD: Cost(numbers * weight.element_size(), flops),
+        BOTH: Cost(3 * numbers * weight.element_size(), 2 * flops + 4 * routed * RANK * size),
+    }
     return Workload(
         name=f"{tokens} tokens, {size} x {size}, {adapters} adapters of rank {RANK} ({present} with tokens)",
         inputs=inputs,
-        implementations=implementations | {"the layer without adapters (not the same result)": base},
+        implementations=implementations,
         plain=each_and_mask,
-        costs={
-            FORWARD: Cost(numbers * weight.element_size(), flops),
-            BOTH: Cost(3 * numbers * weight.element_size(), 2 * flops + 4 * tokens * RANK * size),
-        },
+        costs={direction: costs[direction] for direction in directions},
         items=("tokens", tokens),
+        budget=(5, 0.3),
     )
 
 
-def peft_layers(weight: torch.Tensor, adapters: int, scaling: float, ids: torch.Tensor) -> dict:
-    """peft's own layer with one adapter, or with the name of an adapter per token."""
+def ours(weight: Tensor, names: list[str], ids: Tensor, backend: str | None = None) -> Callable[..., Tensor]:
+    keeper, zero = BankKeeper(), weight.new_zeros(1, 1)
+    routing = lyra_ops.LoraRouting(ids, lyra_ops.LoraBank.pack({name: (zero, zero, 1.0) for name in names}))
+
+    def run(x: Tensor, *ab: Tensor) -> Tensor:
+        bank = keeper.bank({name: (a, b, SCALING) for name, a, b in zip(names, ab[::2], ab[1::2])})
+        return lyra_ops.multi_lora_linear(x, weight, bank, routing, backend=backend)
+
+    return run
+
+
+def peft_layers(weight: Tensor, names: list[str], ids: Tensor) -> dict[str, Callable[..., Tensor]]:
+    """peft's own layer with one adapter, or with the name of an adapter per token; and the former routed by lyra_ops."""
+    from lyra_ops.integrations import apply_multi_lora
+
+    if len(names) > 1:
+        layer, of_token = peft_layer(weight, names), [names[e] for e in ids.tolist()]
+
+        def named(x: Tensor, *ab: Tensor) -> Tensor:
+            put(layer, ab)
+            return layer(x[:, None], adapter_names=of_token)[:, 0]
+
+        return {"peft (adapter_names)": named}
+
+    plain, other = peft_layer(weight, names), peft_layer(weight, names)
+    routed = apply_multi_lora(nn.ModuleList([other])).route(ids.to(weight.device))
+    routed.__enter__()  # one route for all runs, as for all layers and tokens of a generation
+
+    def alone(x: Tensor, *ab: Tensor) -> Tensor:
+        put(plain, ab)
+        return plain(x)
+
+    def through(x: Tensor, *ab: Tensor) -> Tensor:
+        put(other, ab)
+        return routed and other(x)  # `routed` lives as long as this function
+
+    found = {"peft": alone, "lyra (peft's layer, routed)": through}
+    return found | ({"peft, compiled": torch.compile(alone)} if weight.device.type == "cuda" else {})
+
+
+def peft_layer(weight: Tensor, names: list[str]) -> nn.Module:
     from peft import LoraConfig
     from peft.tuners.lora import Linear
 
-    layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
-    names = [f"adapter {e}" for e in range(adapters)]
-    config = LoraConfig(r=RANK, lora_alpha=RANK * scaling)
-    module = Linear(layer, names[0], config=config, r=RANK, lora_alpha=RANK * scaling)
+    base = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    base.weight = nn.Parameter(weight, requires_grad=False)
+    config = LoraConfig(r=RANK, lora_alpha=RANK * SCALING)
+    layer = Linear(base, names[0], config=config, r=RANK, lora_alpha=RANK * SCALING)
     for name in names[1:]:
-        module.update_layer(name, RANK, RANK * scaling, config=config)
-    module.to(weight.device, weight.dtype).eval()
-    of_token = [names[e] for e in ids.tolist()]
+        layer.update_layer(name, RANK, RANK * SCALING, config=config)
+    return layer.to(weight.device, weight.dtype).eval()  # as in training, since there is no dropout
 
-    def run(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        for e, name in enumerate(names):
-            for linear, value in ((module.lora_A[name], a[e]), (module.lora_B[name], b[e])):
-                del (
-                    linear.weight
-                )  # a view of the input takes the parameter's place, so that the input gets the gradient
-                linear.weight = value
-        if adapters == 1:
-            return module(x)
-        return module(x[:, None], adapter_names=of_token)[:, 0]
 
-    for name in names:
-        for linear in (module.lora_A[name], module.lora_B[name]):
-            del linear.weight
-            linear.weight = None
-    return {"peft" if adapters == 1 else "peft (adapter_names)": run}
+def put(layer: nn.Module, ab: tuple[Tensor, ...]) -> None:
+    """The inputs as weights of the adapters, so that they get the gradients."""
+    linears = [linear for name in layer.lora_A for linear in (layer.lora_A[name], layer.lora_B[name])]
+    for linear, value in zip(linears, ab):
+        linear._parameters["weight"] = value
+
+
+def addmm(weight: Tensor) -> Callable[..., Tensor]:
+    """One adapter the way Unsloth adds it: in place, behind the base layer."""
+    return lambda x, a, b: F.linear(x, weight).addmm_(x @ a.T, b.T, alpha=SCALING)
+
+
+def adapter_by_adapter(weight: Tensor, ids: Tensor) -> Callable[..., Tensor]:
+    def run(x: Tensor, *ab: Tensor) -> Tensor:
+        y = F.linear(x, weight)
+        for e, (a, b) in enumerate(zip(ab[::2], ab[1::2])):
+            mine = (ids == e).nonzero()[:, 0]
+            y = y.index_add(0, mine, x[mine] @ a.T @ b.T, alpha=SCALING)
+        return y
+
+    return run
+
+
+def grouped(weight: Tensor, ids: Tensor, adapters: int) -> Callable[..., Tensor]:
+    """Tokens sorted by adapter, then one grouped product per matrix."""
+
+    def run(x: Tensor, *ab: Tensor) -> Tensor:
+        order = ids.argsort()
+        ends = torch.bincount(ids, minlength=adapters).cumsum(0).int()
+        a, b = (torch.stack([t.T for t in matrices]) for matrices in (ab[::2], ab[1::2]))
+        added = torch._grouped_mm(torch._grouped_mm(x[order], a, offs=ends), b, offs=ends) * SCALING
+        return F.linear(x, weight).index_add(0, order, added)
+
+    return run
+
+
+class _Unused(torch.autograd.Function):
+    """y, for which the other tensors have the gradient zero, of no memory and no time."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.shapes = [t.shape for t in tensors]
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
+        return grad, *(grad.new_zeros(()).expand(shape) for shape in ctx.shapes)

@@ -60,7 +60,7 @@ class LoraRouting:
         self.names = bank.names
         self.shape = tuple(adapter_ids.shape[: len(shape) - len(slots)])
         self.pairs = adapter_ids.flatten()[:, None] if weights is None else adapter_ids.flatten(0, -2)
-        self.parts = cpu.plan(self.pairs) if readable(adapter_ids) else None
+        self.blocks = cpu.plan(self.pairs) if readable(adapter_ids) else None
         self._plan: plan.Plan | None = None
 
     def plan(self) -> plan.Plan:
@@ -213,7 +213,7 @@ def _choose(x: Tensor, dtype: torch.dtype, routing: LoraRouting, backend: str | 
     device, why_not = x.device.type, {"cuda": None, "cpu": None, "reference": None}
     if device != "cpu":
         why_not["cpu"] = f"the tensors are on {device}"
-    elif torch.compiler.is_compiling() or routing.parts is None:
+    elif torch.compiler.is_compiling() or routing.blocks is None:
         why_not["cpu"] = "the sizes of its products depend on the ids, which torch.compile cannot know"
     if device != "cuda":
         why_not["cuda"] = f"the tensors are on {device}"

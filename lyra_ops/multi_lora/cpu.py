@@ -1,15 +1,17 @@
 """Routed LoRA on a CPU: each adapter multiplies its own tokens, as they lie in memory where they lie in runs.
 
-The matrix products are torch's own, on the adapters' own memory. Which way a call goes is decided in `linears`, by three
-numbers that may be set to others. Arguments have been checked by the public functions of this package. T tokens,
+The matrix products are torch's own, on the adapters' own memory. Which way a call goes is decided in `linears`, by
+three numbers that may be set to others. Arguments have been checked by the public functions of this package. T tokens,
 S adapters per token.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lyra_ops._backend import missing_kernel
@@ -23,49 +25,61 @@ FEW_TOKENS = 32  # up to so many tokens of several frozen adapters: one product 
 ONE_NODE = 256  # from so many tokens on one autograd node is faster than one per operation
 
 
-class Part(NamedTuple):
-    """Tokens of one adapter, none of them twice."""
+class Block(NamedTuple):
+    """Tokens, none of them twice, and the adapters of their runs."""
 
-    adapter: int
-    slot: int  # which of a token's S adapters this is
-    tokens: slice | Tensor | None  # None: all of them
+    slot: int  # which of a token's S adapters this is about
+    order: Tensor | None  # the tokens, where they have to be brought together first; None: all, as they lie
+    runs: list[tuple[int, slice | None]]  # an adapter and its rows of the block; None: all of them
 
     def of(self, matrix: Tensor) -> Tensor:
-        """Their rows: a view, or a copy where they had to be brought together."""
-        if self.tokens is None:
-            return matrix
-        return matrix[self.tokens] if isinstance(self.tokens, slice) else matrix.index_select(0, self.tokens)
+        return matrix if self.order is None else matrix.index_select(0, self.order)
+
+    def put(self, matrix: Tensor, rows: Tensor) -> None:
+        if self.order is not None:
+            matrix.index_copy_(0, self.order, rows)
 
 
-def plan(adapter_ids: Tensor) -> list[Part]:
+def rows_of(matrix: Tensor, rows: slice | None) -> Tensor:
+    return matrix if rows is None else matrix[rows]
+
+
+def plan(adapter_ids: Tensor) -> list[Block]:
     """What there is to multiply for ids (T, S), slot after slot, adapter after adapter, in the order of tokens."""
-    parts: list[Part] = []
+    blocks: list[Block] = []
     for slot, ids in enumerate(adapter_ids.T):
-        if not len(ids):
-            continue
         bounds = [0, *(ids.diff().nonzero().flatten() + 1).tolist(), len(ids)]
-        runs: dict[int, list[slice]] = {}
-        for begin, end, e in zip(bounds, bounds[1:], ids[bounds[:-1]].tolist()):
-            runs.setdefault(e, []).append(slice(begin, end))
-        for e in sorted(runs.keys() - {-1}):
-            mine = runs[e]
-            if len(bounds) == 2:
-                parts.append(Part(e, slot, None))
-            elif len(mine) == 1 or sum(run.stop - run.start for run in mine) >= RUN * len(mine):
-                parts += [Part(e, slot, run) for run in mine]
+        found: dict[int, list[slice]] = {}
+        for begin, end, e in zip(bounds, bounds[1:], ids[bounds[:-1]].tolist() if len(ids) else []):
+            found.setdefault(e, []).append(slice(begin, end))
+        found.pop(-1, None)
+        if found and len(bounds) == 2:
+            blocks.append(Block(slot, None, [(e, None) for e in found]))
+            continue
+        as_they_lie, together, tokens = [], [], []
+        for e, runs in sorted(found.items()):
+            count = sum(run.stop - run.start for run in runs)
+            if len(runs) == 1 or count >= RUN * len(runs):
+                as_they_lie += [(e, run) for run in runs]
             else:
-                parts.append(Part(e, slot, (ids == e).nonzero().flatten()))
-    return parts
+                before = sum(map(len, tokens))
+                together.append((e, slice(before, before + count)))
+                tokens.append((ids == e).nonzero().flatten())
+        if as_they_lie:
+            blocks.append(Block(slot, None, as_they_lie))
+        if together:
+            blocks.append(Block(slot, torch.cat(tokens), together))
+    return blocks
 
 
-def linears(call: function.Call, x: Tensor, weights: Tensor | None, bases: list[function.Base]) -> list[Tensor]:
+def linears(call: function.Call, x: Tensor, weights: Tensor | None, bases: Sequence[function.Base]) -> list[Tensor]:
     """y (T, N) for each base layer and its bank, x (T, K) being in the dtype of y."""
-    parts, graph = call.routing.parts, torch.is_grad_enabled()
+    blocks, graph = call.routing.blocks, torch.is_grad_enabled()
     if weights is None and not (graph and len(x) >= ONE_NODE):
-        if len(parts) == 1 and parts[0].tokens is None:
-            options = (parts[0].adapter, call.seed, call.drop)
+        if len(blocks) == 1 and blocks[0].runs[0][1] is None:
+            options = (blocks[0].runs[0][0], call.seed, call.drop)
             return [add_one(base(x), x, bank, *options) for base, bank in zip(bases, call.banks)]
-        if parts and len(x) <= FEW_TOKENS and not graph:
+        if blocks and len(x) <= FEW_TOKENS and not graph:
             options = (call.routing.pairs, None, call.seed, call.drop)
             rows = [bank.rows(x.dtype) for bank in call.banks]
             return [reference.add_adapters(base(x), x, mine, *options) for base, mine in zip(bases, rows)]
@@ -77,10 +91,14 @@ def add_one(y: Tensor, x: Tensor, bank: LoraBank, adapter: int, seed: Tensor | N
     a, b = bank.adapters[adapter]
     if a.dtype != y.dtype:
         a, b = a.to(y.dtype), b.to(y.dtype)
-    shrunk = x @ a.T if seed is None else dropout.dropped_product(x, a, seed, drop)
+    graph, scaling = torch.is_grad_enabled(), bank.scalings[adapter] * dropout.scale(drop)
+    shrunk = F.linear(x, a) if seed is None else dropout.dropped_product(x, a, seed, drop)
     rows = y if y.ndim == 2 else y.view(x.shape[0], -1)
-    rows.addmm_(shrunk, b.T, alpha=bank.scalings[adapter] * dropout.scale(drop))
-    if len(bank.names) > 1 and torch.is_grad_enabled():
+    if graph and y.dtype.itemsize > 2:
+        rows.add_(F.linear(shrunk, b), alpha=scaling)  # addmm_ would let autograd scale the whole gradients of A and B
+    else:
+        rows.addmm_(shrunk, b.T, alpha=scaling)  # scaled in the accumulator, before anything is rounded
+    if graph and len(bank.names) > 1:
         others = [t for e, pair in enumerate(bank.adapters) for t in pair if e != adapter and t.requires_grad]
         return _WithZeroGradients.apply(y, *others) if others else y
     return y
@@ -100,63 +118,74 @@ class _WithZeroGradients(torch.autograd.Function):
 
 
 def add(ys, x, banks, routing, weights, seed, drop) -> list[Tensor]:
-    """Adds the adapters of each bank to its y, in place; returns scaling A x of each bank and part."""
-    shrunk = []
-    x = drop_out(x, seed, drop)
-    for y, bank in zip(ys, banks):
-        for part in routing.parts:
-            a, b = bank.adapters[part.adapter]
-            # Scaled in the accumulator, before anything is rounded.
-            h = scaled_product(bank.scalings[part.adapter] * dropout.scale(drop), part.of(x), a.to(y.dtype).T)
-            shrunk.append(h)
-            rows = part.of(y)
-            rows.addmm_(weighted(h, part, weights), b.to(y.dtype).T)
-            if isinstance(part.tokens, Tensor):
-                y.index_copy_(0, part.tokens, rows)
-    return shrunk
+    """Adds the adapters of each bank to its y, in place; returns scaling A x of each bank and run."""
+    kept = []
+    x, scale = drop_out(x, seed, drop), dropout.scale(drop)
+    for block in routing.blocks:
+        inputs, shares = block.of(x), shares_of(block, weights)
+        for y, bank in zip(ys, banks):
+            outputs = block.of(y)
+            for e, rows in block.runs:
+                a, b = bank.adapters[e]
+                shrunk = scaled_product(bank.scalings[e] * scale, rows_of(inputs, rows), in_dtype(a, y.dtype).T)
+                kept.append(shrunk)
+                rows_of(outputs, rows).addmm_(weighted(shrunk, shares, rows), in_dtype(b, y.dtype).T)
+            block.put(y, outputs)
+    return kept
 
 
-def gradients(dys, dx, x, banks, routing, weights, seed, drop, shrunk, wanted: Gradients) -> Gradients:
+def gradients(dys, dx, x, banks, routing, weights, seed, drop, kept, wanted: Gradients) -> Gradients:
     """The gradients for upstream gradients ``dys``, one per bank; the adapters' share of that of x is added to ``dx``.
 
-    ``shrunk`` is what `add` returned. None for ``dx`` and what ``wanted`` (a `Gradients` of bools) does not name.
+    ``kept`` is what `add` returned. None for ``dx`` and what ``wanted`` does not name.
     """
-    x = drop_out(x, seed, drop)
+    x, scale, kept = drop_out(x, seed, drop), dropout.scale(drop), iter(kept)
     into = torch.zeros_like(dx) if dx is not None and seed is not None else dx
-    to_weights = torch.zeros_like(weights) if wanted.weights else None
-    found = Gradients([[None] * len(b.adapters) for b in banks], [[None] * len(b.adapters) for b in banks], to_weights)
-    shrunk = iter(shrunk)
-    for j, (dy, bank) in enumerate(zip(dys, banks)):
-        for part in routing.parts:
-            e, h, mine = part.adapter, next(shrunk), part.of(dy)
-            a, b = bank.adapters[e]
-            scaling = bank.scalings[e] * dropout.scale(drop)
-            if weights is None:
-                g = scaled_product(scaling, mine, b.to(dy.dtype))
+    of_a, of_b = ([[None] * len(bank.names) for bank in banks] for _ in range(2))
+    of_weights = torch.zeros_like(weights) if wanted.weights else None
+    for block in routing.blocks:
+        inputs, shares = block.of(x), shares_of(block, weights)
+        of_inputs = None if dx is None else block.of(into)
+        of_shares = None if of_weights is None else torch.zeros_like(shares)
+        for j, (dy, bank) in enumerate(zip(dys, banks)):
+            upstream = block.of(dy)
+            for e, rows in block.runs:
+                (a, b), scaling, shrunk = bank.adapters[e], bank.scalings[e] * scale, next(kept)
+                mine = rows_of(upstream, rows)
+                if weights is None:
+                    g = scaled_product(scaling, mine, in_dtype(b, dy.dtype))
+                else:
+                    g = mine @ in_dtype(b, dy.dtype)
+                    if of_shares is not None:
+                        rows_of(of_shares, rows).add_(torch.linalg.vecdot(shrunk.to(shares.dtype), g.to(shares.dtype)))
+                    g, shrunk = weighted(g, shares * scaling, rows), weighted(shrunk, shares, rows)
+                if of_inputs is not None:
+                    rows_of(of_inputs, rows).addmm_(g, in_dtype(a, dy.dtype))
+                if wanted.a[j][e]:
+                    of_a[j][e] = accumulated(of_a[j][e], g.T, rows_of(inputs, rows))
+                if wanted.b[j][e]:
+                    of_b[j][e] = accumulated(of_b[j][e], mine.T, shrunk)
+        if of_inputs is not None:
+            block.put(into, of_inputs)
+        if of_shares is not None:
+            column = of_weights[:, block.slot]
+            if block.order is None:
+                column += of_shares
             else:
-                g = mine @ b.to(dy.dtype)
-                if wanted.weights:
-                    share = torch.linalg.vecdot(h.to(weights.dtype), g.to(weights.dtype))
-                    to_weights[:, part.slot].index_add_(0, tokens_of(part, len(dy)), share)
-                g = weighted(g, part, weights * scaling)
-                h = weighted(h, part, weights)
-            if dx is not None:
-                rows = part.of(into)
-                rows.addmm_(g, a.to(dy.dtype))
-                if isinstance(part.tokens, Tensor):
-                    into.index_copy_(0, part.tokens, rows)
-            if wanted.a[j][e]:
-                found.a[j][e] = accumulated(found.a[j][e], g.T, part.of(x), a.dtype)
-            if wanted.b[j][e]:
-                found.b[j][e] = accumulated(found.b[j][e], mine.T, h, b.dtype)
+                column.index_copy_(0, block.order, of_shares)
     if into is not dx:
         dx += drop_out(into, seed, drop)
     for j, bank in enumerate(banks):
         for e, (a, b) in enumerate(bank.adapters):
-            for got, want, like in ((found.a, wanted.a, a), (found.b, wanted.b, b)):
+            for found, want, like in ((of_a, wanted.a, a), (of_b, wanted.b, b)):
                 if want[j][e]:  # zeros, not None, for adapters without tokens
-                    got[j][e] = torch.zeros_like(like) if got[j][e] is None else got[j][e].to(like.dtype)
-    return found
+                    found[j][e] = torch.zeros_like(like) if found[j][e] is None else in_dtype(found[j][e], like.dtype)
+    return Gradients(of_a, of_b, of_weights)
+
+
+def in_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """`Tensor.to`, which costs a microsecond even where there is nothing to do."""
+    return t if t.dtype == dtype else t.to(dtype)
 
 
 def drop_out(x: Tensor, seed: Tensor | None, drop: int) -> Tensor:
@@ -171,18 +200,19 @@ def scaled_product(scaling: float, left: Tensor, right: Tensor) -> Tensor:
     return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scaling)
 
 
-def weighted(h: Tensor, part: Part, weights: Tensor | None) -> Tensor:
-    return h if weights is None else (h * part.of(weights)[:, part.slot, None]).to(h.dtype)
+def shares_of(block: Block, weights: Tensor | None) -> Tensor | None:
+    """The weights of the block's tokens."""
+    return None if weights is None else block.of(weights[:, block.slot])
 
 
-def tokens_of(part: Part, tokens: int) -> Tensor:
-    return part.tokens if isinstance(part.tokens, Tensor) else torch.arange(tokens)[part.tokens or slice(None)]
+def weighted(rows: Tensor, shares: Tensor | None, which: slice | None) -> Tensor:
+    return rows if shares is None else (rows * rows_of(shares, which)[:, None]).to(rows.dtype)
 
 
-def accumulated(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+def accumulated(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     """total + left right. Parts of 16 bits are added up in 32."""
     if total is None:
         return left @ right
-    if total.dtype == left.dtype and total.dtype in (torch.float32, torch.float64):
+    if total.dtype == left.dtype and total.dtype.itemsize > 2:
         return total.addmm_(left, right)
     return total.float().add_(left @ right)
