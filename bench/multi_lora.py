@@ -102,7 +102,7 @@ def workload(
 
 def ours(weight: Tensor, names: list[str], ids: Tensor, backend: str | None = None) -> Callable[..., Tensor]:
     keeper, zero = BankKeeper(), weight.new_zeros(1, 1)
-    routing = lyra_ops.LoraRouting(ids, lyra_ops.LoraBank.pack({name: (zero, zero, 1.0) for name in names}))
+    routing = lyra_ops.LoraRouting(ids, lyra_ops.LoraBank.pack(dict.fromkeys(names, (zero, zero, 1.0))))
 
     def run(x: Tensor, *ab: Tensor) -> Tensor:
         bank = keeper.bank({name: (a, b, SCALING) for name, a, b in zip(names, ab[::2], ab[1::2])})
@@ -112,7 +112,7 @@ def ours(weight: Tensor, names: list[str], ids: Tensor, backend: str | None = No
 
 
 def peft_layers(weight: Tensor, names: list[str], ids: Tensor) -> dict[str, Callable[..., Tensor]]:
-    """peft's own layer with one adapter, or with the name of an adapter per token; and the former routed by lyra_ops."""
+    """peft's layer with one adapter, or with an adapter's name per token; and the former routed by lyra_ops."""
     from lyra_ops.integrations import apply_multi_lora
 
     if len(names) > 1:
