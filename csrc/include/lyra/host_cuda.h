@@ -173,6 +173,7 @@ class Device {
     message << "race: block " << now.block << " thread " << now.thread << " has a " << what << " after a " << before
             << " of block " << then.block << " thread " << then.thread << " without a barrier between them";
     error_ = message.str();
+    wait(kDone, "race");  // what it has read is wrong, so it may not go on
   }
 
   void run_block() {
@@ -191,6 +192,7 @@ class Device {
         return report_deadlock();
       }
       resume(next);
+      if (!error_.empty()) return;
       if (fibers_[next].state == kDone) --left;
       if (fibers_[next].state == kAtWarpOp) release_warp(next);
     }
@@ -403,10 +405,18 @@ T atomicAdd(T* to, T value) {
   return before;
 }
 
+template <class T>
+T atomicOr(T* to, T value) {
+  const T before = *to;
+  *to |= value;
+  return before;
+}
+
 inline int __float_as_int(float x) { return lyra::host::from_bits<int>(lyra::host::to_bits(x)); }
 inline float __int_as_float(int x) { return lyra::host::from_bits<float>(lyra::host::to_bits(x)); }
 inline long long __double_as_longlong(double x) { return lyra::host::from_bits<long long>(lyra::host::to_bits(x)); }
 inline double __longlong_as_double(long long x) { return lyra::host::from_bits<double>(lyra::host::to_bits(x)); }
+inline int __clz(unsigned bits) { return bits ? __builtin_clz(bits) : 32; }
 inline float __fdividef(float x, float y) { return x / y; }
 
 using std::exp2;

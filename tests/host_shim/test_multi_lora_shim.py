@@ -1,0 +1,231 @@
+"""The CUDA kernels of multi_lora, run on the CPU: right whichever thread goes first, and wrong without any barrier."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from multi_lora_oracles import Case, Problem, build_plan, expand, make, outer, philox, shrink
+from torch import Tensor
+
+from lyra_ops.testing import assert_within_reference_error
+
+KERNELS = Path(__file__).parents[2] / "csrc" / "multi_lora" / "multi_lora.cuh"
+ORDERS = {"forward": ("forward", 0), "reverse": ("reverse", 0), "shuffled": ("shuffled", 1)}
+MANY = 132  # multiprocessors: enough to cut D in parts, and to give the chunks to several workers
+BF16, FP16 = torch.bfloat16, torch.float16
+
+
+@pytest.fixture(scope="module")
+def kernels(build) -> ModuleType:
+    return build("multi_lora.cpp")
+
+
+def array(t: Tensor) -> np.ndarray:
+    """The same memory; 16-bit floats as the bits that they are."""
+    return t.numpy() if t.dtype.itemsize > 2 else t.view(torch.int16).numpy().view(np.uint16)
+
+
+def bits(t: Tensor) -> Tensor:
+    return torch.from_numpy(array(t.contiguous()).view(np.uint16).astype(np.int32))
+
+
+def plan_of(p: Problem) -> dict:
+    tensors = {**p.plan, "weights": p.weights, "seed": p.seed}
+    return {name: None if t is None else t.numpy() for name, t in tensors.items()} | {"drop": p.drop}
+
+
+def name_of(t: Tensor) -> str:
+    return str(t.dtype).removeprefix("torch.")
+
+
+def run_shrink(kernels: ModuleType, p: Problem, multiprocessors: int = MANY) -> Tensor:
+    h = torch.full(p.h.shape, torch.nan)
+    kernels.shrink(name_of(p.x), h.numpy(), array(p.x), array(p.bank), p.table.numpy(), plan_of(p), multiprocessors)
+    return h
+
+
+def run_expand(kernels: ModuleType, p: Problem, y: Tensor) -> Tensor:
+    y = y.clone()
+    kernels.expand(name_of(y), array(y), p.h.numpy(), array(p.bank), p.table.numpy(), p.scaling.numpy(), plan_of(p))
+    return y
+
+
+def run_outer(kernels: ModuleType, p: Problem, multiprocessors: int = MANY) -> Tensor:
+    out = kernels.outer(
+        name_of(p.x),
+        p.h.numpy(),
+        array(p.x),
+        p.table.numpy(),
+        p.scaling.numpy(),
+        plan_of(p),
+        p.rows,
+        multiprocessors,
+    )
+    return torch.from_numpy(out)
+
+
+def base(p: Problem) -> Tensor:
+    return torch.randn(p.x.shape, generator=torch.Generator().manual_seed(9)).to(p.x.dtype)
+
+
+CASES = [
+    Case(1, (4,), 24, unrouted=0),
+    Case(7, (1, 13), 20, strided=True),
+    Case(70, (8, 3), 40, BF16),
+    Case(70, (8, 3), 40, FP16, strided=True, drop=20000),
+    Case(130, (20, 1, 70), 136, BF16, runs=True, absent=(1,), column=5),
+    Case(66, (5, 33), 140, BF16, per_token=3, drop=6554),
+    Case(66, (5, 33), 70, per_token=2, drop=30000, column=2),
+    Case(20, tuple(range(1, 36)), 33, BF16),
+    Case(5, (16,), 700, BF16, drop=65536),
+    Case(40, (9, 2), 24, BF16, unrouted=1.0),
+]
+
+
+@functools.cache
+def problem_and_truth(case: Case) -> tuple[Problem, dict[str, Tensor]]:
+    """By plain torch in float32, and exactly."""
+    p = make(case)
+    y = base(p)
+    truth = {}
+    for kind, dtype in (("plain", torch.float32), ("exact", torch.float64)):
+        truth |= {f"shrink {kind}": shrink(p, dtype), f"outer {kind}": outer(p, dtype)}
+        truth[f"expand {kind}"] = expand(p, y, dtype)
+    return p, truth
+
+
+def check_case(case: Case, kernels: ModuleType) -> None:
+    p, truth = problem_and_truth(case)
+    y = base(p)
+    for multiprocessors in (1, MANY):
+        h, out = run_shrink(kernels, p, multiprocessors), run_outer(kernels, p, multiprocessors)
+        assert_within_reference_error(h, truth["shrink plain"], truth["shrink exact"], name="shrink")
+        assert_within_reference_error(out, truth["outer plain"], truth["outer exact"], name="outer")
+    got = run_expand(kernels, p, y)
+    assert_within_reference_error(got, truth["expand plain"], truth["expand exact"], name="expand")
+    idle = (p.ids < 0).all(1)
+    assert torch.equal(bits(got[idle]), bits(y[idle]))
+
+
+def check_parts_of_the_sum_do_not_show(kernels: ModuleType) -> None:
+    for case in (Case(9, (16,), 700, BF16), Case(9, (5,), 300, unrouted=0), Case(3, (4,), 2100, BF16, unrouted=0)):
+        p = make(case)
+        assert torch.equal(run_shrink(kernels, p, 1).nan_to_num(), run_shrink(kernels, p, MANY).nan_to_num())
+
+
+def check_a_token_alone(kernels: ModuleType) -> None:
+    p = make(Case(70, (8, 20), 300, BF16))
+    p.h = run_shrink(kernels, p, 1)
+    y = base(p)
+    together = run_expand(kernels, p, y)
+    for t in (0, 33, 69):
+        mine = slice(t, t + 1)
+        alone = replace(p, x=p.x[mine], h=p.h[mine], ids=p.ids[mine], plan=build_plan(p.ids[mine], 2))
+        assert torch.equal(run_shrink(kernels, alone).nan_to_num(), p.h[mine].nan_to_num())
+        assert torch.equal(bits(run_expand(kernels, alone, y[mine])), bits(together[mine]))
+
+
+def check_plan(kernels: ModuleType) -> None:
+    for tokens, per_token, adapters in [
+        (0, 1, 3),
+        (1, 1, 1),
+        (7, 2, 5),
+        (63, 1, 1),
+        (64, 1, 2),
+        (1300, 1, 4),
+        (200, 3, 70),
+    ]:
+        for share, dtype in ((0.0, torch.int64), (0.3, torch.int32), (1.0, torch.int64)):
+            g = torch.Generator().manual_seed(tokens)
+            ids = torch.randint(adapters, (tokens, per_token), generator=g, dtype=dtype)
+            wrong = torch.tensor([-1, -5, adapters, adapters + 1000, torch.iinfo(dtype).max, torch.iinfo(dtype).min])
+            ids = torch.where(torch.rand(ids.shape, generator=g) < share, wrong[ids % 6].to(dtype), ids)
+            got, want = kernels.plan(ids.numpy(), adapters), build_plan(ids, adapters)
+            for name in want:
+                assert torch.equal(torch.from_numpy(got[name]), want[name]), name
+
+
+CHECKS: dict[str, Callable[[ModuleType], None]] = {
+    **{str(case): functools.partial(check_case, case) for case in CASES},
+    **{
+        name.removeprefix("check_"): f
+        for name, f in list(globals().items())
+        if name.startswith("check_") and name != "check_case"
+    },
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("check", CHECKS)
+def test_kernels(kernels: ModuleType, check: str, order: str) -> None:
+    kernels.configure(*ORDERS[order])
+    CHECKS[check](kernels)
+
+
+def test_orders_agree_bitwise(kernels: ModuleType) -> None:
+    p = make(Case(130, (20, 9), 136, BF16, per_token=2, drop=9000))
+    results = []
+    for order in ORDERS.values():
+        kernels.configure(*order)
+        results.append((run_shrink(kernels, p), run_outer(kernels, p), run_expand(kernels, p, base(p))))
+    for others in results[1:]:
+        for got, want in zip(others, results[0]):
+            assert torch.equal(bits(got), bits(want))
+
+
+def test_philox_of_the_oracle() -> None:
+    assert philox((0, 0, 0, 0), (0, 0)) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]  # Random123's own vector
+
+
+SOURCE = KERNELS.read_text()
+BARRIERS = [m.start() for m in re.finditer(r"__sync\w+\(\)", SOURCE)]
+
+
+@pytest.fixture(scope="module")
+def mutant(build, tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """The kernels, of which barrier n is left out while the environment's LYRA_WITHOUT is n."""
+    source = SOURCE
+    for n, at in reversed(list(enumerate(BARRIERS))):
+        source = source[:at] + f"if (!without({n})) " + source[at:]
+    helper = """#include <cstdlib>
+    namespace lyra::multi_lora {
+    inline bool without(int n) {
+      const char* given = std::getenv("LYRA_WITHOUT");
+      return given && std::atoi(given) == n;
+    }
+    }
+    """
+    folder = tmp_path_factory.mktemp("mutant")
+    (folder / "multi_lora").mkdir()
+    (folder / "multi_lora" / "multi_lora.cuh").write_text(helper + source)
+    return build("multi_lora.cpp", first=folder)
+
+
+def test_there_are_barriers_to_take_out() -> None:
+    assert len(BARRIERS) >= 15
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("barrier", range(len(BARRIERS)))
+def test_every_barrier_is_needed(mutant: ModuleType, monkeypatch: pytest.MonkeyPatch, barrier: int) -> None:
+    monkeypatch.setenv("LYRA_WITHOUT", str(barrier))
+    with pytest.raises((AssertionError, RuntimeError)):
+        for check in CHECKS.values():
+            for order in ORDERS.values():
+                mutant.configure(*order)
+                check(mutant)
+
+
+@pytest.mark.slow
+def test_with_all_barriers_the_mutant_is_right(mutant: ModuleType) -> None:
+    mutant.configure(*ORDERS["forward"])
+    for check in CHECKS.values():
+        check(mutant)

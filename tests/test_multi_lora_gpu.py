@@ -1,0 +1,243 @@
+"""The kernels of multi_lora on a GPU; what holds on every backend is tested through the public functions elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from multi_lora_oracles import Case, Problem, build_plan, expand, make, outer, shrink
+from torch import Tensor
+
+from lyra_ops import _loader
+from lyra_ops.testing import assert_within_reference_error
+
+pytestmark = pytest.mark.gpu
+BF16, FP16 = torch.bfloat16, torch.float16
+
+
+@pytest.fixture
+def kernels() -> SimpleNamespace:
+    assert _loader.missing("multi_lora_shrink_", "cuda") is None
+    ops = torch.ops.lyra
+    return SimpleNamespace(
+        plan=ops.multi_lora_plan,
+        shrink_=ops.multi_lora_shrink_,
+        expand_=ops.multi_lora_expand_,
+        outer=ops.multi_lora_outer,
+    )
+
+
+def on_gpu(p: Problem) -> Problem:
+    moved = {name: t.cuda() for name, t in vars(p).items() if isinstance(t, Tensor)}
+    # A copy of a strided x would be contiguous.
+    wide = torch.empty(p.x.shape[0], p.x.stride(0), dtype=p.x.dtype, device="cuda")
+    moved["x"] = wide[:, : p.x.shape[1]].copy_(p.x)
+    return replace(p, **moved, plan={name: t.cuda() for name, t in p.plan.items()})
+
+
+def run_shrink(kernels: SimpleNamespace, p: Problem) -> Tensor:
+    h = torch.full_like(p.h, torch.nan)
+    kernels.shrink_(h, p.x, p.bank, p.table, *p.plan.values(), p.seed, p.drop)
+    return h
+
+
+def run_expand(kernels: SimpleNamespace, p: Problem, y: Tensor) -> Tensor:
+    y, plan = y.clone(), p.plan
+    kernels.expand_(y, p.h, p.bank, p.table, p.scaling, plan["ids"], p.weights, plan["present"], p.seed, p.drop)
+    return y
+
+
+def run_outer(kernels: SimpleNamespace, p: Problem) -> Tensor:
+    lists = (p.plan[name] for name in ("starts", "pairs", "chunks"))
+    return kernels.outer(p.h, p.x, p.table, p.scaling, p.weights, *lists, p.seed, p.drop, p.rows)
+
+
+def all_three(kernels: SimpleNamespace, p: Problem, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return run_shrink(kernels, p), run_expand(kernels, p, y), run_outer(kernels, p)
+
+
+def base(p: Problem) -> Tensor:
+    return torch.randn(p.x.shape, generator=torch.Generator().manual_seed(9)).to(p.x)
+
+
+def same(got: Tensor, want: Tensor) -> bool:
+    """The same bits, NaN included."""
+    return torch.equal(got.contiguous().view(torch.uint8), want.contiguous().view(torch.uint8))
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(1, (4,), 24, unrouted=0),
+        Case(7, (1, 13), 20, strided=True),
+        Case(70, (8, 3), 40, BF16),
+        Case(70, (8, 3), 40, FP16, strided=True, drop=20000),
+        Case(130, (20, 1, 70), 136, BF16, runs=True, absent=(1,), column=5),
+        Case(66, (5, 33), 140, BF16, per_token=3, drop=6554),
+        Case(66, (5, 33), 70, per_token=2, drop=30000, column=2),
+        Case(20, tuple(range(1, 36)), 33, BF16),
+        Case(5, (512,), 1000, BF16, drop=65536),
+        Case(40, (9, 2), 24, BF16, unrouted=1.0),
+    ],
+    ids=str,
+)
+def test_as_right_as_plain_torch(kernels, case):
+    p = make(case)
+    y = base(p)
+    got = all_three(kernels, on_gpu(p), y.cuda())
+    plain, exact = (
+        (shrink(p, dtype), expand(p, y, dtype), outer(p, dtype)) for dtype in (torch.float32, torch.float64)
+    )
+    for name, ours, theirs, truth in zip(("shrink", "expand", "outer"), got, plain, exact):
+        assert_within_reference_error(ours, theirs, truth, name=name)
+    idle = (p.ids < 0).all(1)
+    assert same(got[1].cpu()[idle], y[idle])
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize(("tokens", "per_token", "adapters"), [(0, 1, 3), (1, 1, 1), (1300, 1, 4), (200, 3, 70)])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_plan(kernels, tokens, per_token, adapters, dtype):
+    ids = torch.randint(adapters, (tokens, per_token), dtype=dtype)
+    wrong = torch.tensor([-1, -5, adapters, adapters + 1000, torch.iinfo(dtype).max, torch.iinfo(dtype).min])
+    ids = torch.where(torch.rand(ids.shape) < 0.3, wrong[ids % 6].to(dtype), ids)
+    for got, want in zip(kernels.plan(ids.cuda(), adapters), build_plan(ids, adapters).values()):
+        assert torch.equal(got.cpu(), want)
+
+
+def large(dtype: torch.dtype = BF16, tokens: int = 8192, size: int = 3584, drop: int | None = None) -> Problem:
+    """Runs of four adapters of rank 64, some tokens without; made on the GPU, with the plan of the kernel."""
+    p = on_gpu(make(Case(8, (64, 8, 320, 64), 16, dtype, drop=drop)))
+    ids = torch.randint(-1, 4, (tokens // 64, 1), device="cuda").repeat_interleave(64, 0)
+    plan = dict(zip(p.plan, torch.ops.lyra.multi_lora_plan(ids, 4)))
+    bank = torch.randn(p.rows, size, device="cuda", dtype=dtype) / size**0.5
+    x, h = torch.randn(tokens, size, device="cuda", dtype=dtype), torch.randn(tokens, 1, 320, device="cuda")
+    return replace(p, x=x, h=h, bank=bank, ids=ids, plan=plan)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, torch.float32])
+def test_large_sizes(kernels, dtype):
+    p = large(dtype)
+    y = torch.randn_like(p.x)
+    h, added, summed = all_three(kernels, p, y)
+    ids = p.ids.flatten()
+
+    def formula(wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        shrunk, total = torch.full(h.shape, torch.nan, dtype=wide, device="cuda"), y.to(wide)
+        grads = torch.zeros(summed.shape, dtype=wide, device="cuda")
+        for e, (row, rank, _) in enumerate(p.table.tolist()):
+            mine, rows = (ids == e).nonzero().flatten(), slice(row, row + rank)
+            bank, x = p.bank[rows].to(wide), p.x[mine].to(wide)
+            part = p.h[mine, 0, :rank].to(wide) * p.scaling[e].to(wide)
+            if wide != torch.float64:
+                part = part.to(dtype).to(wide)
+            shrunk[mine, 0, :rank] = x @ bank.T
+            total[mine] += part @ bank
+            grads[rows] = part.T @ x
+        return shrunk, total if wide == torch.float64 else total.to(dtype), grads
+
+    for name, got, plain, exact in zip("hyg", (h, added, summed), formula(torch.float32), formula(torch.float64)):
+        # What h holds of an adapter's neighbours is nobody's business.
+        known = exact.isfinite()
+        assert_within_reference_error(got[known], plain[known], exact[known], name=name)
+
+
+def test_bitwise_the_same_each_time(kernels):
+    p = large(drop=6554)
+    y = torch.randn_like(p.x)
+    first = all_three(kernels, p, y)
+    for _ in range(10):
+        for got, want in zip(all_three(kernels, p, y), first):
+            assert same(got, want)
+
+
+@pytest.mark.parametrize("size", [576, 3584, 18944])
+def test_a_token_gets_the_same_alone_and_in_any_batch(kernels, size):
+    p = large(tokens=9000 // 64 * 64, size=size)
+    p.h = run_shrink(kernels, p).nan_to_num()
+    y = torch.randn_like(p.x)
+    added = run_expand(kernels, p, y)
+    for tokens in (slice(0, 1), slice(100, 117), slice(64, 2000)):
+        ids = p.ids[tokens].contiguous()
+        plan = dict(zip(p.plan, kernels.plan(ids, 4)))
+        part = replace(p, x=p.x[tokens], h=p.h[tokens], ids=ids, plan=plan)
+        assert same(run_shrink(kernels, part).nan_to_num(), p.h[tokens])
+        assert same(run_expand(kernels, part, y[tokens]), added[tokens])
+
+
+def test_can_be_captured_in_a_graph(kernels):
+    p = large(tokens=640)
+    p.seed, p.drop = torch.tensor([1], device="cuda"), 9000
+    y = torch.randn_like(p.x)
+
+    def step() -> tuple[Tensor, ...]:
+        p.plan = dict(zip(p.plan, kernels.plan(p.ids, 4)))
+        return all_three(kernels, p, y)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for fill in (None, 0, -1):  # other ids, one adapter for all, none for all
+        p.ids.copy_(torch.randint(-1, 4, p.ids.shape) if fill is None else torch.full(p.ids.shape, fill))
+        p.seed.add_(1)
+        graph.replay()
+        for got, want in zip(captured, step()):
+            assert same(got.nan_to_num(), want.nan_to_num())
+
+
+def test_never_waits_for_the_gpu(kernels):
+    p, y = large(tokens=640), torch.randn(640, 3584, device="cuda", dtype=BF16)
+    all_three(kernels, p, y)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        kernels.plan(p.ids, 4)
+        all_three(kernels, p, y)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_works_on_the_current_stream(kernels):
+    p = large(tokens=640)
+    y = torch.randn_like(p.x)
+    want, x = all_three(kernels, p, y), p.x.clone()
+    p.x.fill_(torch.nan)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(50_000_000)  # whoever does not wait for this stream reads NaN
+        p.x.copy_(x)
+        got = all_three(kernels, p, y)
+        torch.cuda.current_stream().synchronize()
+    for ours, truth in zip(got, want):
+        assert same(ours, truth)
+
+
+@pytest.mark.sanitize
+def test_errors_name_the_argument(kernels):
+    p = on_gpu(make(Case(7, (3, 4), 16, BF16)))
+    with pytest.raises(RuntimeError, match="bank"):
+        run_shrink(kernels, replace(p, bank=p.bank.float()))
+    with pytest.raises(RuntimeError, match="h: got shape"):
+        run_shrink(kernels, replace(p, h=p.h[:-1]))
+    with pytest.raises(RuntimeError, match="y: got dtype"):
+        run_expand(kernels, replace(p, bank=p.bank.double()), base(p).double())
+    with pytest.raises(RuntimeError, match="drop"):
+        run_outer(kernels, replace(p, drop=70000))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_runs_on_the_device_of_its_input(kernels):
+    p = make(Case(70, (8, 3), 40, BF16))
+    there = on_gpu(p)
+    moved = {name: t.to("cuda:1") for name, t in vars(there).items() if isinstance(t, Tensor)}
+    there = replace(there, **moved, plan={name: t.to("cuda:1") for name, t in there.plan.items()})
+    for got, want in zip(
+        all_three(kernels, there, base(p).to("cuda:1")), all_three(kernels, on_gpu(p), base(p).cuda())
+    ):
+        assert same(got.cpu(), want.cpu())
