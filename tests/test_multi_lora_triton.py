@@ -1,4 +1,4 @@
-"""The Triton kernels of multi_lora in the interpreter, on the CPU; on a GPU test_multi_lora_gpu.py runs them."""
+"""The Triton kernels of multi_lora without a GPU: run by the interpreter, and compiled for one."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ from torch import Tensor
 
 from lyra_ops.testing import assert_within_reference_error
 
-pytestmark = [
-    pytest.mark.interp,
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1"),
-]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def interp(test):
+    """Marks a test that the interpreter runs."""
+    return pytest.mark.interp(pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")(test))
+
+
 BF16, FP16 = torch.bfloat16, torch.float16
 
 
@@ -44,6 +48,7 @@ def run_outer(kernels, p: Problem) -> Tensor:
     return kernels.outer(p.h, p.x, p.table, p.scaling, p.weights, *lists, p.seed, p.drop, p.rows)
 
 
+@interp
 @pytest.mark.parametrize(
     "case",
     [
@@ -72,6 +77,7 @@ def test_as_right_as_plain_torch(kernels, case):
     assert torch.equal(results["expand"][idle].view(torch.int8), y[idle].view(torch.int8))
 
 
+@interp
 def test_no_tokens(kernels):
     p = make(Case(0, (4, 2), 24, BF16))
     assert run_shrink(kernels, p).shape == (0, 1, 7)
@@ -79,6 +85,7 @@ def test_no_tokens(kernels):
     assert torch.equal(run_outer(kernels, p), torch.zeros(6, 24))
 
 
+@interp
 def test_operators_are_registered_as_they_behave(kernels):
     p = make(Case(9, (4, 2), 24, drop=9000))
     tests = ("test_schema", "test_faketensor")
@@ -90,3 +97,18 @@ def test_operators_are_registered_as_they_behave(kernels):
     torch.library.opcheck(kernels.expand_, expanded, test_utils=tests)
     summed = (p.h, y, p.table, p.scaling, None, *plan[1:4], p.seed, p.drop, p.rows)
     torch.library.opcheck(kernels.outer, summed, test_utils=tests)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("name", ["_shrink_kernel", "_expand_kernel", "_outer_kernel"])
+def test_compiles_for_a_gpu(kernels, name):
+    triton = pytest.importorskip("triton")
+    kernel = getattr(kernels, name)
+    sizes = {"MASKED": True, "WEIGHTED": True, "WIDE": False, "TOKENS": 64, "PAIRS": 64, "RANKS": 64, "COLUMNS": 64}
+    constants = {name: value for name, value in sizes.items() if name in kernel.arg_names}
+    types = dict.fromkeys(("x", "y", "z", "bank"), "*bf16") | dict.fromkeys(("h", "out", "scaling", "weights"), "*fp32")
+    types |= dict.fromkeys(("table", "ids", "starts", "pairs", "chunks", "present"), "*i32") | {"seed": "*i64"}
+    signature = {arg: "constexpr" if arg in constants else types.get(arg, "i32") for arg in kernel.arg_names}
+    source = triton.compiler.ASTSource(kernel, signature, constants)
+    target = triton.backends.compiler.GPUTarget("cuda", 80, 32)
+    assert "mma.sync" in triton.compile(source, target=target).asm["ptx"]

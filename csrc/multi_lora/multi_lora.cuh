@@ -41,12 +41,12 @@
 //   budget sm_80: expand_kernel<float> 96, expand_kernel<lyra::Bf16> 104, expand_kernel<lyra::Half> 104,
 //   budget sm_80: outer_kernel<float> 184, outer_kernel<lyra::Bf16> 128, outer_kernel<lyra::Half> 128,
 //   budget sm_80: sum_parts_kernel 32, sum_workers_kernel 48,
-//   budget sm_80: plan_kernel<int> 64, plan_kernel<long> 64
+//   budget sm_80: plan_kernel<int> 80, plan_kernel<long> 80
 //   budget sm_90a: shrink_kernel<float> 112, shrink_kernel<lyra::Bf16> 120, shrink_kernel<lyra::Half> 120,
 //   budget sm_90a: expand_kernel<float> 96, expand_kernel<lyra::Bf16> 104, expand_kernel<lyra::Half> 104,
 //   budget sm_90a: outer_kernel<float> 184, outer_kernel<lyra::Bf16> 128, outer_kernel<lyra::Half> 128,
 //   budget sm_90a: sum_parts_kernel 32, sum_workers_kernel 48,
-//   budget sm_90a: plan_kernel<int> 64, plan_kernel<long> 64
+//   budget sm_90a: plan_kernel<int> 80, plan_kernel<long> 80
 #pragma once
 
 #include <cstdint>
@@ -158,7 +158,7 @@ __device__ __forceinline__ unsigned long long scan(unsigned long long value, uns
 // A counting sort by one block: each warp has one run of the pairs, counts its adapters and, when all have been added
 // up, puts its pairs in their places.
 template <class Id>
-__global__ void __launch_bounds__(kPlanThreads) plan_kernel(NewPlan<Id> plan) {
+__global__ void __launch_bounds__(kPlanThreads, 1) plan_kernel(NewPlan<Id> plan) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, adapters = static_cast<int>(plan.adapters);
   const int64_t pairs = plan.tokens * plan.per_token, words = divide_up(adapters, 32);
   const int64_t run = divide_up(divide_up(pairs, kPlanWarps), 32) * 32;
