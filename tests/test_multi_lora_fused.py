@@ -157,6 +157,47 @@ def test_rows_are_kept_while_the_adapters_stay(monkeypatch):
     assert torch.equal(got, run(x, weight, bias, want, ids))
 
 
+@pytest.fixture(scope="module")
+def ops():
+    """The twins as torch sees compiled kernels: registered ops, of which it knows the schema and a fake alone."""
+    plan_of = "Tensor starts, Tensor pairs, Tensor chunks"
+    mask = "Tensor? seed, int drop"
+    schemas = {
+        "shrink_": f"Tensor(a!) h, Tensor x, Tensor bank, Tensor table, Tensor ids, {plan_of}, Tensor present, {mask}",
+        "expand_": "Tensor(a!) y, Tensor h, Tensor bank, Tensor table, Tensor scaling, Tensor ids, Tensor? weights,"
+        f" Tensor present, {mask}",
+        "outer": f"Tensor h, Tensor z, Tensor table, Tensor scaling, Tensor? weights, {plan_of}, {mask}, int rows",
+    }
+    library = torch.library.Library("lyra_twins", "DEF")
+    for name, schema in schemas.items():
+        library.define(f"{name}({schema}) -> {'Tensor' if name == 'outer' else '()'}")
+        library.impl(name, getattr(kernels, name), "CPU")
+    fakes = {name: fused.FAKES[f"multi_lora_{name}"] for name in schemas}
+    for name, fake in fakes.items():
+        torch.library.register_fake(f"lyra_twins::{name}", fake, lib=library)
+    yield torch.ops.lyra_twins
+    library._destroy()
+
+
+def test_compiles_as_a_whole(ops):
+    engine = fused.Engine(ops)
+
+    def whole(x, weight, bias, adapters, ids, seed) -> Tensor:
+        bank = LoraBank.pack(adapters)
+        call = Call(engine, [bank], LoraRouting(ids, bank), seed, 1 << 14)
+        return linears(call, x, None, [Base(weight, bias, None)])[0]
+
+    compiled = torch.compile(whole, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (30, 21):
+        x, weight, bias, adapters, ids = layer((4, 8, 2), tokens, dtype=torch.float32)
+        inputs, seed, results = leaves(x, weight, bias, adapters), torch.tensor([tokens]), []
+        for function in (whole, compiled):
+            y = function(x, weight, bias, adapters, ids, seed)
+            results.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
+        for got, want in zip(*results):
+            torch.testing.assert_close(got, want)
+
+
 def test_dropout_in_the_twins_is_the_mask():
     x, weight, bias, adapters, ids = layer((4, 8), 90, dtype=torch.float32)
     seed, drop = torch.tensor([9]), 30000

@@ -98,6 +98,36 @@ def test_ids_per_token_in_one_layer() -> None:
         torch.testing.assert_close(layer(x.flatten(0, 1)), want.flatten(0, 1))
 
 
+def test_sums_of_adapters_per_sample_and_per_token() -> None:
+    model, layer = one_layer(nn.Linear(6, 5))
+    x, base = torch.randn(3, 4, 6).double(), layer.base_layer
+    parts = {}
+    for name in RANKS:
+        model.set_adapter(name)
+        parts[name] = layer(x) - base(x)
+    routed = apply_multi_lora(model)
+    with routed.route([{"image": 0.5, "speech": -2.0}, None, "speech"]):
+        got = layer(x)
+    want = base(x)
+    want[0] += 0.5 * parts["image"][0] - 2 * parts["speech"][0]
+    want[2] += parts["speech"][2]
+    torch.testing.assert_close(got, want)
+
+    ids, weights = torch.randint(-1, 3, (3, 4, 2)), torch.rand(3, 4, 2).double().requires_grad_()
+    want = base(x)
+    for e, name in enumerate(RANKS):
+        want = want + ((ids == e) * weights).sum(-1, keepdim=True) * parts[name]
+    with routed.route(ids, weights=weights):
+        got = layer(x)
+    torch.testing.assert_close(got, want)
+    grads = [torch.autograd.grad(y.square().sum(), weights, retain_graph=True) for y in (got, want)]
+    torch.testing.assert_close(*grads)
+    with pytest.raises(ValueError, match="weights: got some beside names"), routed.route([None], weights=weights):
+        pass
+    with pytest.raises(ValueError, match="adapters: got 'video', expected None or one"), routed.route([{"video": 1}]):
+        pass
+
+
 @pytest.mark.parametrize("checkpointing", [None, "use_reentrant=False", "use_reentrant=True"])
 def test_one_step_gives_the_gradients_of_separate_runs(checkpointing: str | None) -> None:
     inputs, model = batch(), with_adapters(llama()).train()
@@ -444,7 +474,7 @@ def test_errors_of_apply() -> None:
         routed.route([None] * 3),
     ):
         model(**batch())
-    with pytest.raises(TypeError, match="adapters: got the str 'image'"), routed.route("image"):
+    with pytest.raises(TypeError, match="adapters: got 'image', expected a list"), routed.route("image"):
         pass
     for wrong in (-2, 3):
         ids = torch.tensor([[0, wrong]])

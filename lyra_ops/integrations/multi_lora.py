@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -24,9 +24,12 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lyra_ops._checks import INT_DTYPES, check_tensor, readable
+from lyra_ops._checks import FLOAT_DTYPES, INT_DTYPES, check_tensor, readable
 from lyra_ops.multi_lora import LoraBank, LoraRouting, add_adapters, run_checked
 from lyra_ops.multi_lora.function import Base
+
+# What one sample goes through: the base model alone, an adapter, or a sum of adapters with their weights.
+Choice = str | None | Mapping[str, float]
 
 # peft's layers around quantised linears. By name, because peft defines some of them only beside their packages.
 QUANTISED = (
@@ -83,14 +86,20 @@ class RoutedLora:
 
     @contextmanager
     def route(
-        self, adapters: Sequence[str | None] | Tensor, *, new_tokens: Sequence[str | None] | None = None
+        self,
+        adapters: Sequence[Choice] | Tensor,
+        *,
+        weights: Tensor | None = None,
+        new_tokens: Sequence[Choice] | None = None,
     ) -> Iterator:
         """Within this context every token goes through its own adapter, forward and backward.
 
         Args:
-            adapters: a name per sample, None for the base model alone, or int ids (B, L) or (T,) per token, places in
-                `names`, -1 for the base model alone. (T,) serves models whose layers see (1, T, K) or (T, K).
-            new_tokens: with ids, a name per sample for the tokens that are generated after the L given ones.
+            adapters: a name per sample, None for the base model alone, a dict of weights by name for a sum of adapters;
+                or int ids (B, L) or (T,) per token, places in `names`, -1 for the base model alone. (T,) serves models
+                whose layers see (1, T, K) or (T, K).
+            weights: with ids (B, L, S) or (T, S), which then are S adapters per token: their weights, of that shape.
+            new_tokens: with ids, the adapters of each sample for the tokens that are generated after the L given ones.
 
         Backward may run after the context has been left, also under gradient checkpointing of transformers layers,
         whose recomputation finds the routing of its forward again. (Own calls of torch.utils.checkpoint: run backward
@@ -105,16 +114,20 @@ class RoutedLora:
         self._take_over()
         names = self.names
         if isinstance(adapters, Tensor):
-            shape = ("B", "L") if adapters.ndim == 2 else ("T",)
+            slots = () if weights is None else ("S",)
+            shape = (*(("B", "L") if adapters.ndim == 2 + len(slots) else ("T",)), *slots)
             ids = check_tensor("adapters", adapters, shape=shape, dtypes=INT_DTYPES)
+            if weights is not None:
+                check_tensor("weights", weights, shape=ids.shape, dtypes=FLOAT_DTYPES)
             if readable(ids) and ids.numel() and not -1 <= int(ids.min()) <= int(ids.max()) < len(names):
                 known = ", ".join(f"{e} = {name}" for e, name in enumerate(names))
                 got = f"{int(ids.min())} to {int(ids.max())}"
                 raise ValueError(f"adapters: got ids from {got}, expected -1 (base alone) or one of {known}")
             after = None if new_tokens is None else self._ids("new_tokens", new_tokens)
-            assignment = _Assignment(names, per_token=ids, per_sample=after)
-        elif new_tokens is not None:
-            raise ValueError("new_tokens: got names beside names per sample, expected them beside ids per token")
+            assignment = _Assignment(names, per_token=_Ids(ids, weights), per_sample=after)
+        elif new_tokens is not None or weights is not None:
+            extra = "new_tokens" if weights is None else "weights"
+            raise ValueError(f"{extra}: got some beside names per sample, expected them beside ids per token")
         else:
             assignment = _Assignment(names, per_token=None, per_sample=self._ids("adapters", adapters))
         with self._using(assignment):
@@ -148,14 +161,22 @@ class RoutedLora:
             module.__dict__["_lyra_routed"] = self
             module.__class__ = _routed_class(type(module))
 
-    def _ids(self, argument: str, names: Sequence[str | None]) -> Tensor:
-        known = {None: -1, **{name: e for e, name in enumerate(self.names)}}
-        if isinstance(names, str):
-            raise TypeError(f"{argument}: got the str {names!r}, expected a list of names, one per sample")
-        for name in names:
-            if name not in known:
+    def _ids(self, argument: str, choices: Sequence[Choice]) -> _Ids:
+        places = {name: e for e, name in enumerate(self.names)}
+        if isinstance(choices, (str, Mapping)):
+            raise TypeError(f"{argument}: got {choices!r}, expected a list of names, one per sample")
+        sums = [c if isinstance(c, Mapping) else {} if c is None else {c: 1.0} for c in choices]
+        for name in (name for weights in sums for name in weights):
+            if name not in places:
                 raise ValueError(f"{argument}: got {name!r}, expected None or one of {', '.join(self.names)}")
-        return torch.tensor([known[name] for name in names], dtype=torch.int64)
+        if not any(isinstance(c, Mapping) for c in choices):
+            return _Ids(torch.tensor([places.get(c, -1) for c in choices], dtype=torch.int64), None)
+        slots = max(map(len, sums))
+        ids, weights = torch.full((len(sums), slots), -1), torch.zeros(len(sums), slots)
+        for b, of_sample in enumerate(sums):
+            for s, (name, weight) in enumerate(of_sample.items()):
+                ids[b, s], weights[b, s] = places[name], weight
+        return _Ids(ids, weights)
 
     @contextmanager
     def _using(self, assignment: _Assignment | None) -> Iterator:
@@ -167,12 +188,27 @@ class RoutedLora:
 
 
 @dataclass
+class _Ids:
+    """Ids of tokens or samples; with weights, S of them each, in a dimension behind."""
+
+    ids: Tensor
+    weights: Tensor | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.ids.shape if self.weights is None else self.ids.shape[:-1])
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> _Ids:
+        return _Ids(function(self.ids), None if self.weights is None else function(self.weights))
+
+
+@dataclass
 class _Assignment:
     """The ids of one `route`, and the routings made of them, which all layers of the same adapters share."""
 
     names: tuple[str, ...]
-    per_token: Tensor | None  # (B, L) or (T,)
-    per_sample: Tensor | None  # (B,)
+    per_token: _Ids | None  # (B, L) or (T,)
+    per_sample: _Ids | None  # (B,)
     routings: dict = field(default_factory=dict)
     prepared: dict = field(default_factory=dict)  # by layer
 
@@ -180,16 +216,17 @@ class _Assignment:
         shape = x.shape[:-1]
         key = (shape, bank.names, x.device, _in_inference_mode())
         if key not in self.routings:
-            ids = self._ids(shape).to(x.device)
-            self.routings[key] = LoraRouting(self._places(ids, bank.names), bank)
+            found = self._ids(tuple(shape)).map(lambda t: t.to(x.device))
+            self.routings[key] = LoraRouting(self._places(found.ids, bank.names), bank, found.weights)
         return self.routings[key]
 
-    def _ids(self, shape: tuple[int, ...]) -> Tensor:
-        if self.per_token is not None and tuple(self.per_token.shape) in (shape, (math.prod(shape),)):
-            return self.per_token.view(shape)
-        if self.per_sample is not None and len(shape) == 2 and shape[0] == len(self.per_sample):
-            return self.per_sample[:, None].expand(shape)
-        got = [f"{tuple(ids.shape)}" for ids in (self.per_token, self.per_sample) if ids is not None]
+    def _ids(self, shape: tuple[int, ...]) -> _Ids:
+        if self.per_token is not None and self.per_token.shape in (shape, (math.prod(shape),)):
+            ndim = len(self.per_token.shape)
+            return self.per_token.map(lambda t: t.reshape(*shape, *t.shape[ndim:]))
+        if self.per_sample is not None and len(shape) == 2 and (shape[0],) == self.per_sample.shape:
+            return self.per_sample.map(lambda t: t[:, None].expand(*shape, *t.shape[1:]))
+        got = [f"{given.shape}" for given in (self.per_token, self.per_sample) if given is not None]
         raise ValueError(f"adapters: got ids for {' and '.join(got)}, expected them to fit a layer that sees {shape}")
 
     def _places(self, ids: Tensor, present: tuple[str, ...]) -> Tensor:

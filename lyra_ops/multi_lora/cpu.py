@@ -117,11 +117,15 @@ class _WithZeroGradients(torch.autograd.Function):
         return grad, *(torch.zeros_like(t) for t in ctx.saved_tensors)
 
 
-def add(ys, x, banks, routing, weights, seed, drop) -> list[Tensor]:
+def prepare(banks, routing) -> list[Block]:
+    return routing.blocks
+
+
+def add(ys, x, banks, blocks, weights, seed, drop) -> list[Tensor]:
     """Adds the adapters of each bank to its y, in place; returns scaling A x of each bank and run."""
     kept = []
     x, scale = drop_out(x, seed, drop), dropout.scale(drop)
-    for block in routing.blocks:
+    for block in blocks:
         inputs, shares = block.of(x), shares_of(block, weights)
         for y, bank in zip(ys, banks):
             outputs = block.of(y)
@@ -134,7 +138,7 @@ def add(ys, x, banks, routing, weights, seed, drop) -> list[Tensor]:
     return kept
 
 
-def gradients(dys, dx, x, banks, routing, weights, seed, drop, kept, wanted: Gradients) -> Gradients:
+def gradients(dys, dx, x, banks, blocks, weights, seed, drop, kept, wanted: Gradients) -> Gradients:
     """The gradients for upstream gradients ``dys``, one per bank; the adapters' share of that of x is added to ``dx``.
 
     ``kept`` is what `add` returned. None for ``dx`` and what ``wanted`` does not name.
@@ -143,7 +147,7 @@ def gradients(dys, dx, x, banks, routing, weights, seed, drop, kept, wanted: Gra
     into = torch.zeros_like(dx) if dx is not None and seed is not None else dx
     of_a, of_b = ([[None] * len(bank.names) for bank in banks] for _ in range(2))
     of_weights = torch.zeros_like(weights) if wanted.weights else None
-    for block in routing.blocks:
+    for block in blocks:
         inputs, shares = block.of(x), shares_of(block, weights)
         of_inputs = None if dx is None else block.of(into)
         of_shares = None if of_weights is None else torch.zeros_like(shares)

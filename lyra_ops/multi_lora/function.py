@@ -3,7 +3,8 @@
 One node, because the gradient of x is then made once, by the base layer, and the adapters add to it where it lies; and
 because the graph of several operations costs more time than their work where there are few tokens.
 
-An engine has two functions, ``add(ys, x, banks, routing, weights, seed, drop)``, which adds the adapters of each bank
+An engine has ``prepare(banks, routing)``, which makes what the others need of the routing outside of the node;
+``add(ys, x, banks, prepared, weights, seed, drop)``, which adds the adapters of each bank
 to its y in place and returns the tensors that ``gradients`` wants to see again. `cpu` and `fused.Kernels` are engines.
 """
 
@@ -53,26 +54,27 @@ class Gradients(NamedTuple):
 
 def linears(call: Call, x: Tensor, weights: Tensor | None, bases: list[Base]) -> tuple[Tensor, ...]:
     """y (T, N) for each base layer and its bank, x (T, K) being in the dtype of y."""
+    prepared = call.engine.prepare(call.banks, call.routing)
     tensors = [t for base in bases for t in base] + [t for bank in call.banks for pair in bank.adapters for t in pair]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weights, *tensors)):
-        return _Linears.apply(call, x, weights, *tensors)
+        return _Linears.apply(call, prepared, x, weights, *tensors)
     ys = tuple(base(x) for base in bases)
-    call.engine.add([y.flatten(0, -2) for y in ys], x, call.banks, call.routing, weights, call.seed, call.drop)
+    call.engine.add([y.flatten(0, -2) for y in ys], x, call.banks, prepared, weights, call.seed, call.drop)
     return ys
 
 
 class _Linears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, call: Call, x: Tensor, weights: Tensor | None, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(
+        ctx, call: Call, prepared, x: Tensor, weights: Tensor | None, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
         bases, adapters = _split(call, tensors)
         ctx.mark_dirty(*[base.y for base in bases if base.y is not None])
         ys = tuple(base(x) for base in bases)
-        kept = call.engine.add(
-            [y.flatten(0, -2) for y in ys], x, call.banks, call.routing, weights, call.seed, call.drop
-        )
+        kept = call.engine.add([y.flatten(0, -2) for y in ys], x, call.banks, prepared, weights, call.seed, call.drop)
         layers = [t for base in bases for t in (base.weight, base.bias, None)]
         ctx.save_for_backward(x, weights, *layers, *adapters, *kept)
-        ctx.call = call
+        ctx.call, ctx.prepared = call, prepared
         return ys
 
     @staticmethod
@@ -80,9 +82,9 @@ class _Linears(torch.autograd.Function):
         call, (x, weights, *tensors) = ctx.call, ctx.saved_tensors
         bases, rest = _split(call, tensors)
         adapters, kept = rest[: 2 * _adapters(call)], rest[2 * _adapters(call) :]
-        _, of_x, of_weights, *needs = ctx.needs_input_grad
+        _, _, of_x, of_weights, *needs = ctx.needs_input_grad
         if torch.is_grad_enabled():  # create_graph: these gradients will be differentiated themselves
-            return None, *_differentiable(call, x, weights, bases, adapters, upstream, ctx.needs_input_grad[1:])
+            return None, None, *_differentiable(call, x, weights, bases, adapters, upstream, ctx.needs_input_grad[2:])
         dys, dx, of_bases = [dy.contiguous().flatten(0, -2) for dy in upstream], None, []
         for j, (base, dy, given) in enumerate(zip(bases, dys, upstream)):
             if of_x and base.weight is not None:
@@ -97,9 +99,9 @@ class _Linears(torch.autograd.Function):
         of_adapters = iter(needs[3 * len(bases) :])
         pairs = [[(next(of_adapters), next(of_adapters)) for _ in bank.names] for bank in call.banks]
         wanted = Gradients([[a for a, _ in p] for p in pairs], [[b for _, b in p] for p in pairs], of_weights)
-        found = call.engine.gradients(dys, dx, x, call.banks, call.routing, weights, call.seed, call.drop, kept, wanted)
+        found = call.engine.gradients(dys, dx, x, call.banks, ctx.prepared, weights, call.seed, call.drop, kept, wanted)
         of_adapters = [g for j in range(len(bases)) for pair in zip(found.a[j], found.b[j]) for g in pair]
-        return None, dx, found.weights, *of_bases, *of_adapters
+        return None, None, dx, found.weights, *of_bases, *of_adapters
 
 
 def _split(call: Call, tensors: Sequence[Tensor | None]) -> tuple[list[Base], Sequence[Tensor]]:

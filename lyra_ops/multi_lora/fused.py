@@ -12,9 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lyra_ops._backend import missing_kernel
 from lyra_ops.multi_lora import dropout
 from lyra_ops.multi_lora.bank import LoraBank, keep
 from lyra_ops.multi_lora.function import Gradients
+from lyra_ops.multi_lora.plan import Plan
 
 
 class Group(NamedTuple):
@@ -86,9 +88,12 @@ class Engine:
     def __init__(self, kernels: object) -> None:
         self._kernels = kernels
 
-    def add(self, ys, x, banks, routing, weights, seed, drop) -> list[Tensor]:
+    def prepare(self, banks, routing) -> tuple[Group, Plan]:
+        return Group.of(banks), routing.plan()
+
+    def add(self, ys, x, banks, prepared, weights, seed, drop) -> list[Tensor]:
         """Adds the adapters of each bank to its y, in place; returns what A makes of x."""
-        group, plan = Group.of(banks), routing.plan()
+        group, plan = prepared
         h = x.new_empty(*plan.ids.shape, group.columns.shape[1], dtype=torch.float32)
         self._kernels.shrink_(h, _rows_of(x), _a_of(banks, x.dtype), group.of_a, *plan, seed, drop)
         for y, bank, table, scaling in zip(ys, banks, group.of_b, group.scaling):
@@ -96,9 +101,9 @@ class Engine:
             self._kernels.expand_(y, h, b, table, scaling, plan.ids, weights, plan.present, None, 0)
         return [h]
 
-    def gradients(self, dys, dx, x, banks, routing, weights, seed, drop, kept, wanted: Gradients) -> Gradients:
+    def gradients(self, dys, dx, x, banks, prepared, weights, seed, drop, kept, wanted: Gradients) -> Gradients:
         """As `cpu.gradients`."""
-        (h,), group, plan, kernels = kept, Group.of(banks), routing.plan(), self._kernels
+        (h,), (group, plan), kernels = kept, prepared, self._kernels
         lists, made_up = (plan.starts, plan.pairs, plan.chunks), dropout.scale(drop)
         dh = torch.empty_like(h)  # what B^T makes of dy, without scaling
         of_b = []
@@ -146,3 +151,14 @@ def _b_of(bank: LoraBank, dtype: torch.dtype) -> Tensor:
 
 
 COMPILED = Engine(Compiled)
+
+FAKES = {
+    "multi_lora_shrink_": lambda h, *rest: None,
+    "multi_lora_expand_": lambda y, *rest: None,
+    "multi_lora_outer": lambda h, z, table, scaling, weights, starts, pairs, chunks, seed, drop, rows: h.new_empty(
+        rows, z.shape[1]
+    ),
+}
+if missing_kernel("multi_lora_shrink_", "cuda") is None:
+    for _name, _fake in FAKES.items():
+        torch.library.register_fake(f"lyra::{_name}", _fake)

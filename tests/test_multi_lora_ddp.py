@@ -1,0 +1,67 @@
+"""Data-parallel training over gloo in which one process sees no token of an adapter."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lyra_ops import LoraRouting
+from lyra_ops.nn import MultiLoraLinear
+
+IDS = torch.tensor([[0, 1, -1], [0, 0, 0]])  # by process: the second has nothing for adapter 1; nobody for adapter 2
+
+
+class Model(nn.Module):
+    """Two layers, so that a gradient that never comes would be waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        adapters = {"image": (3, 2.0), "speech": (5, 0.25), "both": (2, 1.0)}
+        self.layers = nn.ModuleList(MultiLoraLinear(nn.Linear(8, 8, dtype=torch.float64), adapters) for _ in range(2))
+        for layer in self.layers:
+            for b in layer.lora_B.values():
+                nn.init.normal_(b)
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        routing = LoraRouting(ids, self.layers[0].bank())
+        for layer in self.layers:
+            x = layer(x, routing).relu()
+        return x
+
+
+def inputs() -> Tensor:
+    return torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def process(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    model = DistributedDataParallel(Model())
+    for _ in range(2):  # the second step hangs or fails if the first left a gradient out
+        model.zero_grad()
+        model(inputs()[rank], IDS[rank]).square().sum().backward()
+    torch.save([p.grad for p in model.parameters() if p.requires_grad], f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="torch without gloo")
+def test_an_adapter_that_one_process_does_not_see(tmp_path: Path) -> None:
+    tests, path = str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")
+    os.environ["PYTHONPATH"] = os.pathsep.join([tests, *sys.path, path])  # for the processes that are spawned
+    try:
+        torch.multiprocessing.spawn(process, args=(str(tmp_path),), nprocs=2)
+    finally:
+        os.environ["PYTHONPATH"] = path
+    model = Model()
+    loss = sum(model(x, ids).square().sum() for x, ids in zip(inputs(), IDS)) / 2  # DDP takes the mean
+    loss.backward()
+    want = [p.grad for p in model.parameters() if p.requires_grad]
+    for rank in range(2):
+        torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), want)
