@@ -10,6 +10,7 @@ import torch
 from multi_lora_oracles import Case, Problem, build_plan, expand, make, outer, shrink
 from torch import Tensor
 
+import lyra_ops
 from lyra_ops import _loader
 from lyra_ops.testing import assert_within_reference_error
 
@@ -17,16 +18,22 @@ pytestmark = pytest.mark.gpu
 BF16, FP16 = torch.bfloat16, torch.float16
 
 
-@pytest.fixture
-def kernels() -> SimpleNamespace:
-    assert _loader.missing("multi_lora_shrink_", "cuda") is None
+@pytest.fixture(params=["cuda", "triton"])
+def kernels(request: pytest.FixtureRequest) -> SimpleNamespace:
     ops = torch.ops.lyra
-    return SimpleNamespace(
-        plan=ops.multi_lora_plan,
-        shrink_=ops.multi_lora_shrink_,
-        expand_=ops.multi_lora_expand_,
-        outer=ops.multi_lora_outer,
-    )
+    if request.param == "triton":
+        pytest.importorskip("triton")
+        from lyra_ops.multi_lora import triton as ops
+    else:
+        assert _loader.missing("multi_lora_shrink_", "cuda") is None
+    names = ("shrink_", "expand_", "outer")
+    return SimpleNamespace(**{name: getattr(ops, name, None) or getattr(ops, f"multi_lora_{name}") for name in names})
+
+
+@pytest.fixture
+def compiled_plan():
+    assert _loader.missing("multi_lora_plan", "cuda") is None
+    return torch.ops.lyra.multi_lora_plan
 
 
 def on_gpu(p: Problem) -> Problem:
@@ -100,19 +107,24 @@ def test_as_right_as_plain_torch(kernels, case):
 @pytest.mark.sanitize
 @pytest.mark.parametrize(("tokens", "per_token", "adapters"), [(0, 1, 3), (1, 1, 1), (1300, 1, 4), (200, 3, 70)])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_plan(kernels, tokens, per_token, adapters, dtype):
+def test_plan(compiled_plan, tokens, per_token, adapters, dtype):
     ids = torch.randint(adapters, (tokens, per_token), dtype=dtype)
     wrong = torch.tensor([-1, -5, adapters, adapters + 1000, torch.iinfo(dtype).max, torch.iinfo(dtype).min])
     ids = torch.where(torch.rand(ids.shape) < 0.3, wrong[ids % 6].to(dtype), ids)
-    for got, want in zip(kernels.plan(ids.cuda(), adapters), build_plan(ids, adapters).values()):
+    for got, want in zip(compiled_plan(ids.cuda(), adapters), build_plan(ids, adapters).values()):
         assert torch.equal(got.cpu(), want)
+
+
+def plan_of(ids: Tensor) -> dict[str, Tensor]:
+    """That of four adapters, in the order of `build_plan`."""
+    return dict(zip(("ids", "starts", "pairs", "chunks", "present"), torch.ops.lyra.multi_lora_plan(ids, 4)))
 
 
 def large(dtype: torch.dtype = BF16, tokens: int = 8192, size: int = 3584, drop: int | None = None) -> Problem:
     """Runs of four adapters of rank 64, some tokens without; made on the GPU, with the plan of the kernel."""
     p = on_gpu(make(Case(8, (64, 8, 320, 64), 16, dtype, drop=drop)))
     ids = torch.randint(-1, 4, (tokens // 64, 1), device="cuda").repeat_interleave(64, 0)
-    plan = dict(zip(p.plan, torch.ops.lyra.multi_lora_plan(ids, 4)))
+    plan = plan_of(ids)
     bank = torch.randn(p.rows, size, device="cuda", dtype=dtype) / size**0.5
     x, h = torch.randn(tokens, size, device="cuda", dtype=dtype), torch.randn(tokens, 1, 320, device="cuda")
     return replace(p, x=x, h=h, bank=bank, ids=ids, plan=plan)
@@ -162,7 +174,7 @@ def test_a_token_gets_the_same_alone_and_in_any_batch(kernels, size):
     added = run_expand(kernels, p, y)
     for tokens in (slice(0, 1), slice(100, 117), slice(64, 2000)):
         ids = p.ids[tokens].contiguous()
-        plan = dict(zip(p.plan, kernels.plan(ids, 4)))
+        plan = plan_of(ids)
         part = replace(p, x=p.x[tokens], h=p.h[tokens], ids=ids, plan=plan)
         assert same(run_shrink(kernels, part).nan_to_num(), p.h[tokens])
         assert same(run_expand(kernels, part, y[tokens]), added[tokens])
@@ -174,7 +186,7 @@ def test_can_be_captured_in_a_graph(kernels):
     y = torch.randn_like(p.x)
 
     def step() -> tuple[Tensor, ...]:
-        p.plan = dict(zip(p.plan, kernels.plan(p.ids, 4)))
+        p.plan = plan_of(p.ids)
         return all_three(kernels, p, y)
 
     side = torch.cuda.Stream()
@@ -197,7 +209,7 @@ def test_never_waits_for_the_gpu(kernels):
     all_three(kernels, p, y)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        kernels.plan(p.ids, 4)
+        plan_of(p.ids)
         all_three(kernels, p, y)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -219,6 +231,7 @@ def test_works_on_the_current_stream(kernels):
 
 
 @pytest.mark.sanitize
+@pytest.mark.parametrize("kernels", ["cuda"], indirect=True)
 def test_errors_name_the_argument(kernels):
     p = on_gpu(make(Case(7, (3, 4), 16, BF16)))
     with pytest.raises(RuntimeError, match="bank"):
@@ -241,3 +254,96 @@ def test_runs_on_the_device_of_its_input(kernels):
         all_three(kernels, there, base(p).to("cuda:1")), all_three(kernels, on_gpu(p), base(p).cuda())
     ):
         assert same(got.cpu(), want.cpu())
+
+
+RANKS = {"image": (64, 2.0), "speech": (13, 0.5), "both": (320, -0.25)}
+
+
+def step(
+    backend: str, dtype: torch.dtype, master: torch.dtype, dropout_p: float, weighted: bool, exact: bool = False
+) -> list[Tensor]:
+    """y and all gradients of one layer of 96 inputs and 80 outputs; drawn anew from the same seeds at each call."""
+    g = torch.Generator().manual_seed(0)
+
+    def leaf(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        t = (torch.randn(*shape, generator=g) / shape[-1] ** 0.5).to("cuda", dtype)
+        return (t.double() if exact else t).requires_grad_()
+
+    x, weight = leaf(3, 70, 96), leaf(80, 96)
+    adapters = {
+        name: (leaf(rank, 96, dtype=master), leaf(80, rank, dtype=master), scaling)
+        for name, (rank, scaling) in RANKS.items()
+    }
+    slots = (2,) if weighted else ()
+    ids = torch.randint(-1, 2, (3, 70, *slots), generator=g).cuda()  # nobody has the third
+    weights = leaf(3, 70, 2, dtype=torch.float32) if weighted else None
+    bank = lyra_ops.LoraBank.pack(adapters)
+    routing = lyra_ops.LoraRouting(ids, bank, weights)
+    torch.manual_seed(1)  # of the dropout mask
+    y = lyra_ops.multi_lora_linear(x, weight, bank, routing, dropout_p=dropout_p, training=True, backend=backend)
+    inputs = [x, weight, *(t for a in adapters.values() for t in a[:2]), *([weights] if weighted else [])]
+    upstream = torch.randn(y.shape, generator=g).to(dtype).to(y)
+    return [y.detach(), *torch.autograd.grad(y, inputs, upstream)]
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "master"), [(torch.float32, torch.float32), (BF16, BF16), (BF16, torch.float32), (FP16, torch.float32)]
+)
+def test_the_whole_op(backend, dtype, master, weighted, dropout_p):
+    got = step(backend, dtype, master, dropout_p, weighted)
+    plain = step("reference", dtype, master, dropout_p, weighted)
+    exact = step("reference", dtype, master, dropout_p, weighted, exact=True)
+    for ours, theirs, truth in zip(got, plain, exact):
+        assert_within_reference_error(ours, theirs, truth)
+    for absent in got[7:9]:
+        assert (absent == 0).all()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_a_graph_break(dynamic):
+    bank = lyra_ops.LoraBank.pack(
+        {
+            name: (torch.randn(r, 96, device="cuda"), torch.randn(80, r, device="cuda"), s)
+            for name, (r, s) in RANKS.items()
+        }
+    )
+    weight = torch.randn(80, 96, device="cuda")
+
+    def layer(x: Tensor, ids: Tensor) -> Tensor:
+        return lyra_ops.multi_lora_linear(x, weight, bank, lyra_ops.LoraRouting(ids, bank))
+
+    x, ids = torch.randn(70, 96, device="cuda", requires_grad=True), torch.randint(-1, 3, (70,), device="cuda")
+    got, want = torch.compile(layer, fullgraph=True, dynamic=dynamic)(x, ids), layer(x, ids)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (got, want)))
+
+
+def test_a_training_step_can_be_captured_in_a_graph():
+    bank = lyra_ops.LoraBank.pack(
+        {
+            name: (torch.randn(r, 96, device="cuda").requires_grad_(), torch.randn(80, r, device="cuda"), s)
+            for name, (r, s) in RANKS.items()
+        }
+    )
+    weight, x = torch.randn(80, 96, device="cuda"), torch.randn(70, 96, device="cuda", requires_grad=True)
+    ids = torch.randint(-1, 3, (70,), device="cuda")
+
+    def run() -> tuple[Tensor, ...]:
+        y = lyra_ops.multi_lora_linear(x, weight, bank, lyra_ops.LoraRouting(ids, bank))
+        return y, *torch.autograd.grad(y.square().sum(), [x, bank.adapters[0][0]])
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for fill in (None, 1, -1):
+        ids.copy_(torch.randint(-1, 3, ids.shape) if fill is None else torch.full(ids.shape, fill))
+        graph.replay()
+        for got, want in zip(captured, run()):
+            assert same(got, want)

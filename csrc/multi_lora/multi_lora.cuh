@@ -857,10 +857,10 @@ cudaError_t expand(const Plan& plan, const Adapters& adapters, const Mask& mask,
                 (tiles > sums ? tiles : sums) * sizeof(uint32_t), stream, s);
 }
 
-// Enough blocks for two to each multiprocessor.
+// As many blocks as run at once, two to each multiprocessor, since one more would wait for all of them.
 inline int outer_workers(const Plan& plan, int64_t size, int64_t width, int multiprocessors) {
-  const int64_t blocks = divide_up(size, kColumns) * divide_up(width, kRanks);
-  return static_cast<int>(smaller(divide_up(2 * multiprocessors, blocks), plan.chunk_rows));
+  const int64_t blocks = divide_up(size, kColumns) * divide_up(width, kRanks), fit = 2 * multiprocessors / blocks;
+  return static_cast<int>(smaller(fit > 1 ? fit : int64_t{1}, plan.chunk_rows));
 }
 
 inline int64_t outer_workspace(const Plan& plan, int64_t size, int64_t width, int multiprocessors) {

@@ -15,6 +15,9 @@ import torch
 from multi_lora_oracles import Case, Problem, build_plan, expand, make, outer, philox, shrink
 from torch import Tensor
 
+from lyra_ops import LoraBank, LoraRouting
+from lyra_ops.multi_lora import fused, reference
+from lyra_ops.multi_lora.function import Base, Call, linears
 from lyra_ops.testing import assert_within_reference_error
 
 KERNELS = Path(__file__).parents[2] / "csrc" / "multi_lora" / "multi_lora.cuh"
@@ -115,24 +118,6 @@ def check_case(case: Case, kernels: ModuleType) -> None:
     assert torch.equal(bits(got[idle]), bits(y[idle]))
 
 
-def check_parts_of_the_sum_do_not_show(kernels: ModuleType) -> None:
-    for case in (Case(9, (16,), 700, BF16), Case(9, (5,), 300, unrouted=0), Case(3, (4,), 2100, BF16, unrouted=0)):
-        p = make(case)
-        assert torch.equal(run_shrink(kernels, p, 1).nan_to_num(), run_shrink(kernels, p, MANY).nan_to_num())
-
-
-def check_a_token_alone(kernels: ModuleType) -> None:
-    p = make(Case(70, (8, 20), 300, BF16))
-    p.h = run_shrink(kernels, p, 1)
-    y = base(p)
-    together = run_expand(kernels, p, y)
-    for t in (0, 33, 69):
-        mine = slice(t, t + 1)
-        alone = replace(p, x=p.x[mine], h=p.h[mine], ids=p.ids[mine], plan=build_plan(p.ids[mine], 2))
-        assert torch.equal(run_shrink(kernels, alone).nan_to_num(), p.h[mine].nan_to_num())
-        assert torch.equal(bits(run_expand(kernels, alone, y[mine])), bits(together[mine]))
-
-
 def check_plan(kernels: ModuleType) -> None:
     for tokens, per_token, adapters in [
         (0, 1, 3),
@@ -153,13 +138,31 @@ def check_plan(kernels: ModuleType) -> None:
                 assert torch.equal(torch.from_numpy(got[name]), want[name]), name
 
 
+def check_parts_of_the_sum_do_not_show(kernels: ModuleType) -> None:
+    for case in (Case(9, (16,), 700, BF16), Case(9, (5,), 300, unrouted=0), Case(3, (4,), 2100, BF16, unrouted=0)):
+        p = make(case)
+        assert torch.equal(run_shrink(kernels, p, 1).nan_to_num(), run_shrink(kernels, p, MANY).nan_to_num())
+
+
+def check_a_token_alone(kernels: ModuleType) -> None:
+    p = make(Case(70, (8, 20), 300, BF16))
+    p.h = run_shrink(kernels, p, 1)
+    y = base(p)
+    together = run_expand(kernels, p, y)
+    for t in (0, 33, 69):
+        mine = slice(t, t + 1)
+        alone = replace(p, x=p.x[mine], h=p.h[mine], ids=p.ids[mine], plan=build_plan(p.ids[mine], 2))
+        assert torch.equal(run_shrink(kernels, alone).nan_to_num(), p.h[mine].nan_to_num())
+        assert torch.equal(bits(run_expand(kernels, alone, y[mine])), bits(together[mine]))
+
+
 CHECKS: dict[str, Callable[[ModuleType], None]] = {
-    **{str(case): functools.partial(check_case, case) for case in CASES},
     **{
         name.removeprefix("check_"): f
         for name, f in list(globals().items())
         if name.startswith("check_") and name != "check_case"
     },
+    **{str(case): functools.partial(check_case, case) for case in CASES},
 }
 
 
@@ -183,6 +186,70 @@ def test_orders_agree_bitwise(kernels: ModuleType) -> None:
 
 def test_philox_of_the_oracle() -> None:
     assert philox((0, 0, 0, 0), (0, 0)) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]  # Random123's own vector
+
+
+class Shim:
+    """The kernels as `fused.Engine` calls them."""
+
+    def __init__(self, kernels: ModuleType) -> None:
+        self.kernels = kernels
+
+    def shrink_(self, h, x, bank, table, ids, starts, pairs, chunks, present, seed, drop) -> None:
+        plan = {"ids": ids, "starts": starts, "pairs": pairs, "chunks": chunks, "present": present}
+        p = Problem(x, h, bank, table, None, ids, None, seed, drop, plan)
+        self.kernels.shrink(name_of(x), h.numpy(), array(x), array(bank), table.numpy(), plan_of(p), MANY)
+
+    def expand_(self, y, h, bank, table, scaling, ids, weights, present, seed, drop) -> None:
+        nothing = torch.zeros(len(table) + 1, dtype=torch.int32)
+        plan = {"ids": ids, "starts": nothing, "pairs": nothing, "chunks": nothing, "present": present}
+        plan = plan_of(Problem(y, h, bank, table, scaling, ids, weights, seed, drop, plan))
+        self.kernels.expand(name_of(y), array(y), h.numpy(), array(bank), table.numpy(), scaling.numpy(), plan)
+
+    def outer(self, h, z, table, scaling, weights, starts, pairs, chunks, seed, drop, rows) -> Tensor:
+        ids = torch.zeros(h.shape[:2], dtype=torch.int32)
+        plan = {"ids": ids, "starts": starts, "pairs": pairs, "chunks": chunks, "present": ids}
+        plan = plan_of(Problem(z, h, z, table, scaling, ids, weights, seed, drop, plan))
+        given = (name_of(z), h.numpy(), array(z), table.numpy(), scaling.numpy(), plan, rows, MANY)
+        return torch.from_numpy(self.kernels.outer(*given))
+
+
+@pytest.mark.parametrize("drop", [0, 1 << 14])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+def test_the_whole_op(kernels: ModuleType, dtype: torch.dtype, drop: int) -> None:
+    """Two layers with one input, weighted adapters of which one is absent: forward and backward."""
+    kernels.configure(*ORDERS["shuffled"])
+    engine = fused.Engine(Shim(kernels))
+
+    def run(kind: str) -> list[Tensor]:
+        g = torch.Generator().manual_seed(0)
+
+        def leaf(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            t = (torch.randn(*shape, generator=g) / shape[-1] ** 0.5).to(dtype)
+            return (t.double() if kind == "exact" else t).requires_grad_()
+
+        x, shares = leaf(70, 40), leaf(70, 2, dtype=torch.float32)
+        ids = torch.randint(-1, 2, (70, 2), generator=g)
+        seed = torch.tensor([3]) if drop else None
+        bases, banks, leaves = [], [], [x, shares]
+        for outputs in (24, 17):
+            weight = leaf(outputs, 40)
+            pairs = [(leaf(r, 40), leaf(outputs, r)) for r in (5, 20, 3)]
+            banks.append(LoraBank.pack({f"{e}": (a, b, 2.0 - e) for e, (a, b) in enumerate(pairs)}))
+            bases.append(Base(weight, None, None))
+            leaves += [t for pair in pairs for t in pair]
+        routing = LoraRouting(ids, banks[0], shares)
+        if kind == "kernels":
+            ys = linears(Call(engine, banks, routing, seed, drop), x, shares, bases)
+        else:
+            ys = [
+                reference.add_adapters(base(x), x, bank.rows(x.dtype), routing.pairs, shares, seed, drop)
+                for base, bank in zip(bases, banks)
+            ]
+        upstream = [torch.randn(y.shape, generator=g).to(dtype).to(y.dtype) for y in ys]
+        return [*ys, *torch.autograd.grad(ys, leaves, upstream)]
+
+    for got, plain, exact in zip(run("kernels"), run("plain"), run("exact")):
+        assert_within_reference_error(got, plain, exact)
 
 
 SOURCE = KERNELS.read_text()
