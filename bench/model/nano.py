@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--init", type=Path, default=Path("out/aligned"), help="`lyra train --joint-steps 0 --out` it")
     parser.add_argument("--seeds", type=int, default=3, help="default %(default)s")
     parser.add_argument("--steps", type=int, help="default: 300 of size, 150 of alignment, 40 of regularizer")
+    parser.add_argument("--batch", type=int, help="utterances per step; default: those of lyra train")
     parser.add_argument("--limit", type=int, default=200, help="phrases and questions to judge by, default %(default)s")
     args = parser.parse_args()
     began = time.monotonic()
@@ -128,14 +129,14 @@ def heard_words(rows: list[dict], counts: Counter[str]) -> list[dict]:
 
 
 def size(args: argparse.Namespace, base: Path, processor: LyraProcessor) -> list[dict]:
-    return [
-        aligned(args, base, processor, Settings(utterances=count, start=args.start, align_steps=args.steps or 300))
-        for count in args.sizes
-    ]
+    settings = Settings(start=args.start, align_steps=args.steps or 300)
+    settings = dataclasses.replace(settings, align_batch=args.batch or settings.align_batch)
+    return [aligned(args, base, processor, dataclasses.replace(settings, utterances=count)) for count in args.sizes]
 
 
 def alignment(args: argparse.Namespace, base: Path, processor: LyraProcessor) -> list[dict]:
     settings = Settings(utterances=args.utterances, start=args.start, align_steps=args.steps or 150)
+    settings = dataclasses.replace(settings, align_batch=args.batch or settings.align_batch)
     rows = [
         aligned(args, base, processor, dataclasses.replace(settings, alignment=method, seed=seed))
         for seed in range(args.seeds)
@@ -158,6 +159,7 @@ def aligned(args: argparse.Namespace, base: Path, processor: LyraProcessor, sett
         "seed": settings.seed,
         "utterances": settings.utterances,
         "steps": settings.align_steps,
+        "batch": settings.align_batch,
         "seconds": round(time.monotonic() - began),
         **nearest(model.eval(), processor, judged),
         "word_error_rate learned": nearest(model, processor, learned[: args.limit])["word_error_rate"],
@@ -187,6 +189,7 @@ def regularizer(args: argparse.Namespace, base: Path, processor: LyraProcessor) 
     phrases, _ = evaluate.spoken(args.cache, "test", args.limit)
     start, utterances, answers = joint_stage(args, base, processor)
     settings = Settings(utterances=args.utterances, start=args.start, joint_steps=args.steps or 40)
+    settings = dataclasses.replace(settings, joint_batch=args.batch or settings.joint_batch)
     rows = []
     for seed in range(args.seeds):
         for variant in args.variants or REGULARIZERS:
