@@ -103,12 +103,15 @@ def alignment_loss(
 
 
 @torch.no_grad()
-def nearest_tokens(speech: Tensor, embedding: Tensor, blank: Tensor) -> list[int]:
-    """Greedy CTC reading of the speech tokens (N, d) of one clip: repeats merged, blanks dropped."""
+def nearest_tokens(clips: list[Tensor], embedding: Tensor, blank: Tensor) -> list[list[int]]:
+    """Greedy CTC reading of the speech tokens (N, d) of each clip: repeats merged, blanks dropped."""
     mean, _ = center(embedding)
-    rows = torch.cat([blank[None], embedding]).float() - mean
-    best = cosines(speech.float() - mean, rows).argmax(-1)
-    return [int(i) - 1 for i in torch.unique_consecutive(best) if i]
+    rows = nn.functional.normalize(torch.cat([blank[None], embedding]).float() - mean, dim=-1).T
+    read = []
+    for speech in clips:  # the norm of a speech token does not change its nearest row
+        best = ((speech.float() - mean) @ rows).argmax(-1)
+        read.append([int(i) - 1 for i in torch.unique_consecutive(best) if i])
+    return read
 
 
 def center(embedding: Tensor) -> tuple[Tensor, Tensor]:

@@ -181,4 +181,4 @@ def test_nearest_tokens_merges_repeats_and_drops_blanks():
     blank = -torch.ones(5)
     said = [2, 2, None, 2, 4, None, 0]
     speech = torch.stack([blank if token is None else embedding[token] for token in said])
-    assert nearest_tokens(speech, embedding, blank) == [2, 2, 4, 0]
+    assert nearest_tokens([speech, 3 * speech[:2]], embedding, blank) == [[2, 2, 4, 0], [2]]

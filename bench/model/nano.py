@@ -170,18 +170,18 @@ def aligned(args: argparse.Namespace, base: Path, processor: LyraProcessor, sett
 
 @torch.inference_mode()
 def nearest(
-    model: LyraForConditionalGeneration, processor: LyraProcessor, utterances: Iterable[Utterance]
+    model: LyraForConditionalGeneration, processor: LyraProcessor, utterances: list[Utterance]
 ) -> dict[str, float]:
     """Word error rate, in all and by voice, of the nearest vocabulary rows: no language model takes part."""
     embedding = model.get_input_embeddings().weight
+    clips = [model.speech_projector(torch.from_numpy(u.frames.astype("float32"))) for u in utterances]
+    read = processor.tokenizer.batch_decode(nearest_tokens(clips, embedding, embedding[blank_id(processor)]))
     said: dict[str, tuple[list[str], list[str]]] = {}
-    for utterance in utterances:
-        speech = model.speech_projector(torch.from_numpy(utterance.frames.astype("float32")))
-        read = processor.tokenizer.decode(nearest_tokens(speech, embedding, embedding[blank_id(processor)]))
+    for utterance, heard in zip(utterances, read):
         for key in ("", f" {utterance.voice}"):
-            truth, heard = said.setdefault(key, ([], []))
-            truth.append(evaluate.normalize(utterance.text))
-            heard.append(evaluate.normalize(read))
+            truths, replies = said.setdefault(key, ([], []))
+            truths.append(evaluate.normalize(utterance.text))
+            replies.append(evaluate.normalize(heard))
     return {f"word_error_rate{voice}": round(jiwer.wer(*pair), 4) for voice, pair in said.items()}
 
 
