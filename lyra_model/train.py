@@ -53,7 +53,7 @@ class Settings:
 
     utterances: int = _setting(31_000, "texts to speak and to learn from, out of a fixed order")
     start: int = _setting(0, "place of the first of them in that order, a multiple of 500")
-    align_steps: int = _setting(2400, "optimizer steps of the align stage")
+    align_steps: int = _setting(2400, "optimizer steps of the align stage; 0 leaves it out")
     align_batch: int = _setting(64, "utterances per step of the align stage")
     align_lr: float = _setting(1e-3, "peak learning rate of the align stage")
     alignment: str = _setting("ctc", "loss of the align stage: ctc, soft_dtw or drop_dtw")
@@ -264,8 +264,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--init",
         type=Path,
         metavar="DIR",
-        help="go on from trained weights: no align stage; the joint stage starts from the projector in this folder "
-        "and, if there is one, from its adapter, which brings its rank",
+        help="go on from trained weights: the projector in this folder and, if there is one, its adapter, which brings "
+        "its rank; both stages run, unless their steps are 0",
     )
     parser.add_argument("--workers", type=int, default=2, help="processes that synthesize speech, default 2")
     for field in dataclasses.fields(Settings):
@@ -303,7 +303,7 @@ def train(
 ) -> None:
     """Runs both stages on ``model`` and writes projector, adapter and settings to ``out``.
 
-    With ``init``, a folder that an earlier call wrote, the joint stage alone goes on from the weights in it.
+    With ``init``, a folder that an earlier call wrote, both go on from the weights in it.
     """
     torch.manual_seed(settings.seed)
     model.requires_grad_(False)
@@ -314,13 +314,14 @@ def train(
         model.speech_projector.apply(_reset)
         with torch.no_grad():
             model.speech_projector.linear_2.bias.copy_(center(model.get_input_embeddings().weight)[0])
+    if settings.align_steps:
         stage = AlignStage(model, processor, settings)
         data = batches(utterances, settings.align_batch, settings.seed)
         fit(stage, data, steps=settings.align_steps, lr=settings.align_lr, out=out, name="align")
-    if settings.joint_steps:
-        trained = init if init and (init / "adapter_config.json").exists() else None
-        if trained:
-            settings = dataclasses.replace(settings, lora_rank=LoraConfig.from_pretrained(trained).r)
+    trained = init if init and (init / "adapter_config.json").exists() else None
+    if trained:
+        settings = dataclasses.replace(settings, lora_rank=LoraConfig.from_pretrained(trained).r)
+    if trained or settings.joint_steps:
         targets = r"language_model\..*\.(q_proj|k_proj|v_proj|o_proj)"
         lora = LoraConfig(r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, target_modules=targets)
         model.add_adapter(lora, ADAPTER)  # freezes all but the adapter
@@ -328,10 +329,11 @@ def train(
             if "lora_" in name:
                 # peft gives it the frozen model's dtype; in bfloat16, small steps and Adam's second moments are lost.
                 parameter.data = parameter.data.float()
-        if trained:
-            weights = load_file(trained / "adapter_model.safetensors")
-            weights = {name.removeprefix("base_model.model."): weight for name, weight in weights.items()}
-            set_peft_model_state_dict(model, weights, adapter_name=ADAPTER)
+    if trained:
+        weights = load_file(trained / "adapter_model.safetensors")
+        weights = {name.removeprefix("base_model.model."): weight for name, weight in weights.items()}
+        set_peft_model_state_dict(model, weights, adapter_name=ADAPTER)
+    if settings.joint_steps:
         model.speech_projector.requires_grad_(True)
         stage = JointStage(model, processor, settings, answers)
         questions = [u for u in utterances if u.text in answers]

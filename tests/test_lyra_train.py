@@ -103,7 +103,7 @@ def test_the_adapter_learns_in_float32_beside_a_bfloat16_model(tiny, utterances,
 def test_init_goes_on_from_the_trained_weights(tiny, utterances, tmp_path):  # noqa: F811
     """A step of almost no length leaves the weights of the folder, whatever the rank asked for."""
     first = run(tiny, utterances, tmp_path / "first")
-    crawl = dataclasses.replace(SETTINGS, joint_steps=1, joint_lr=1e-12, projector_lr=1e-12, lora_rank=3)
+    crawl = dataclasses.replace(SETTINGS, align_steps=0, joint_steps=1, joint_lr=1e-12, projector_lr=1e-12, lora_rank=3)
     second = run(tiny, utterances, tmp_path / "second", init=tmp_path / "first", settings=crawl)
     assert first.keys() == second.keys()
     for name, weight in first.items():
@@ -114,10 +114,22 @@ def test_init_goes_on_from_the_trained_weights(tiny, utterances, tmp_path):  # n
     assert written["init"] == json.loads((tmp_path / "first" / "training.json").read_text())
 
 
+def test_init_and_the_align_stage_alone_keep_the_adapter(tiny, utterances, tmp_path):  # noqa: F811
+    first = run(tiny, utterances, tmp_path / "first")
+    align = dataclasses.replace(SETTINGS, align_steps=3, joint_steps=0)
+    second = run(tiny, utterances, tmp_path / "second", init=tmp_path / "first", settings=align)
+    for name, weight in first.items():
+        same = torch.equal(second[name].float(), weight.to(torch.bfloat16).float())
+        assert same == ("lora" in name), name
+    assert (tmp_path / "second" / "adapter_model.safetensors").exists()
+
+
 def test_init_from_a_projector_alone_begins_a_new_adapter(tiny, utterances, tmp_path):  # noqa: F811
     run(tiny, utterances, tmp_path / "aligned", settings=dataclasses.replace(SETTINGS, joint_steps=0))
     assert not (tmp_path / "aligned" / "adapter_config.json").exists()
-    after = run(tiny, utterances, tmp_path / "joint", init=tmp_path / "aligned")
+    joint = dataclasses.replace(SETTINGS, align_steps=0)
+    after = run(tiny, utterances, tmp_path / "joint", init=tmp_path / "aligned", settings=joint)
+    assert not (tmp_path / "joint" / "align.pt").exists()
     assert any("lora_B" in name and weight.abs().max() > 0 for name, weight in after.items())
 
 

@@ -19,11 +19,13 @@ import copy
 import dataclasses
 import functools
 import json
+import multiprocessing
 import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -62,6 +64,7 @@ def main() -> None:
     parser.add_argument("--init", type=Path, default=Path("out/aligned"), help="`lyra train --joint-steps 0 --out` it")
     parser.add_argument("--seeds", type=int, default=3, help="default %(default)s")
     parser.add_argument("--steps", type=int, help="default: 300 of size, 150 of alignment, 40 of regularizer")
+    parser.add_argument("--workers", type=int, default=1, help="processes of regularizer, default %(default)s")
     parser.add_argument("--batch", type=int, help="utterances per step; default: those of lyra train")
     parser.add_argument("--limit", type=int, default=200, help="phrases and questions to judge by, default %(default)s")
     args = parser.parse_args()
@@ -188,22 +191,25 @@ def nearest(
 def regularizer(args: argparse.Namespace, base: Path, processor: LyraProcessor) -> list[dict]:
     phrases, _ = evaluate.spoken(args.cache, "test", args.limit)
     start, utterances, answers = joint_stage(args, base, processor)
-    settings = Settings(utterances=args.utterances, start=args.start, joint_steps=args.steps or 40)
+    settings = Settings(utterances=args.utterances, start=args.start, align_steps=0, joint_steps=args.steps or 40)
     settings = dataclasses.replace(settings, joint_batch=args.batch or settings.joint_batch)
-    rows = []
-    for seed in range(args.seeds):
-        for variant in args.variants or REGULARIZERS:
-            model = copy.deepcopy(start)
-            own = dataclasses.replace(settings, seed=seed, **REGULARIZERS[variant])
-            with tempfile.TemporaryDirectory() as out:
-                train(model, processor, utterances, answers, own, Path(out), init=args.init)
-                log = [json.loads(line) for line in (Path(out) / "joint.jsonl").read_text().splitlines()]
-            model.eval().to(torch.bfloat16)
-            result = evaluate.repeat(model, processor, phrases)
-            figures = {k: round(v, 4) for k, v in result.items() if k != "rows"}
-            rows.append({"variant": variant, "seed": seed, **figures, "last losses": log[-1],
-                         "settings": dataclasses.asdict(own)})  # fmt: skip
-            print({k: v for k, v in rows[-1].items() if k != "settings"}, flush=True)
+
+    def run(job: tuple[int, str]) -> dict:
+        seed, variant = job
+        model = copy.deepcopy(start)
+        own = dataclasses.replace(settings, seed=seed, **REGULARIZERS[variant])
+        with tempfile.TemporaryDirectory() as out:
+            train(model, processor, utterances, answers, own, Path(out), init=args.init)
+            log = [json.loads(line) for line in (Path(out) / "joint.jsonl").read_text().splitlines()]
+        model.eval().to(torch.bfloat16)
+        result = evaluate.repeat(model, processor, phrases)
+        figures = {k: round(v, 4) for k, v in result.items() if k != "rows"}
+        row = {"variant": variant, "seed": seed, **figures, "last losses": log[-1], "settings": dataclasses.asdict(own)}
+        print({k: v for k, v in row.items() if k != "settings"}, flush=True)
+        return row
+
+    jobs = [(seed, variant) for seed in range(args.seeds) for variant in args.variants or REGULARIZERS]
+    rows = in_processes(run, jobs, args.workers)
     summarize(rows, "variant", ("word_error_rate",))
     return rows
 
@@ -212,7 +218,7 @@ def share(args: argparse.Namespace, base: Path, processor: LyraProcessor) -> lis
     """Median seconds of a joint step without regularizer, and of the regularizer, both forward and backward."""
     model, utterances, answers = joint_stage(args, base, processor)
     with tempfile.TemporaryDirectory() as out:  # gives the model its adapter
-        train(model, processor, utterances, answers, Settings(joint_steps=1), Path(out), init=args.init)
+        train(model, processor, utterances, answers, Settings(align_steps=0, joint_steps=1), Path(out), init=args.init)
     stages = {
         name: JointStage(model, processor, dataclasses.replace(Settings(), **own), answers)
         for name, own in REGULARIZERS.items()
@@ -255,6 +261,18 @@ def joint_stage(args: argparse.Namespace, base: Path, processor: LyraProcessor):
     utterances = load_features(encode_folder(args.cache / "train", model, processor), args.utterances, args.start)
     asked = [u.text for u in utterances if u.kind == "question"]
     return model, utterances, answer_questions(asked, model, processor, args.cache / "answers.json")
+
+
+def in_processes(run: Callable[[tuple], dict], jobs: list[tuple], workers: int) -> list[dict]:
+    """``run`` of every job, in order, in forked processes, which find ``run`` and all that it holds in their memory."""
+    global _run
+    _run = run
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
+        return list(pool.map(_call, jobs))
+
+
+def _call(job: tuple) -> dict:
+    return _run(job)
 
 
 def summarize(rows: list[dict], by: str, keys: Iterable[str]) -> None:
