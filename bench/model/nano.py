@@ -19,13 +19,11 @@ import copy
 import dataclasses
 import functools
 import json
-import multiprocessing
 import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -62,9 +60,9 @@ def main() -> None:
     parser.add_argument("--utterances", type=int, default=4000, help="of the other tables, default %(default)s")
     parser.add_argument("--variants", nargs="+", choices=[*REGULARIZERS, *ALIGNMENTS], help="default: all of the table")
     parser.add_argument("--init", type=Path, default=Path("out/aligned"), help="`lyra train --joint-steps 0 --out` it")
-    parser.add_argument("--seeds", type=int, default=3, help="default %(default)s")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default %(default)s")
     parser.add_argument("--steps", type=int, help="default: 300 of size, 150 of alignment, 40 of regularizer")
-    parser.add_argument("--workers", type=int, default=1, help="processes of regularizer, default %(default)s")
+    parser.add_argument("--out", type=Path, default=Path("out/regularizer"), help="regularizer keeps each row here")
     parser.add_argument("--batch", type=int, help="utterances per step; default: those of lyra train")
     parser.add_argument("--limit", type=int, default=200, help="phrases and questions to judge by, default %(default)s")
     args = parser.parse_args()
@@ -142,7 +140,7 @@ def alignment(args: argparse.Namespace, base: Path, processor: LyraProcessor) ->
     settings = dataclasses.replace(settings, align_batch=args.batch or settings.align_batch)
     rows = [
         aligned(args, base, processor, dataclasses.replace(settings, alignment=method, seed=seed))
-        for seed in range(args.seeds)
+        for seed in args.seeds
         for method in args.variants or ALIGNMENTS
     ]
     summarize(rows, "alignment", ("word_error_rate",))
@@ -193,23 +191,25 @@ def regularizer(args: argparse.Namespace, base: Path, processor: LyraProcessor) 
     start, utterances, answers = joint_stage(args, base, processor)
     settings = Settings(utterances=args.utterances, start=args.start, align_steps=0, joint_steps=args.steps or 40)
     settings = dataclasses.replace(settings, joint_batch=args.batch or settings.joint_batch)
-
-    def run(job: tuple[int, str]) -> dict:
-        seed, variant = job
-        model = copy.deepcopy(start)
-        own = dataclasses.replace(settings, seed=seed, **REGULARIZERS[variant])
-        with tempfile.TemporaryDirectory() as out:
-            train(model, processor, utterances, answers, own, Path(out), init=args.init)
-            log = [json.loads(line) for line in (Path(out) / "joint.jsonl").read_text().splitlines()]
-        model.eval().to(torch.bfloat16)
-        result = evaluate.repeat(model, processor, phrases)
-        figures = {k: round(v, 4) for k, v in result.items() if k != "rows"}
-        row = {"variant": variant, "seed": seed, **figures, "last losses": log[-1], "settings": dataclasses.asdict(own)}
-        print({k: v for k, v in row.items() if k != "settings"}, flush=True)
-        return row
-
-    jobs = [(seed, variant) for seed in range(args.seeds) for variant in args.variants or REGULARIZERS]
-    rows = in_processes(run, jobs, args.workers)
+    args.out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for seed in args.seeds:
+        for variant in args.variants or REGULARIZERS:
+            own = dataclasses.replace(settings, seed=seed, **REGULARIZERS[variant])
+            row = {"variant": variant, "seed": seed, "phrases": len(phrases), "settings": dataclasses.asdict(own)}
+            kept = args.out / f"{variant.replace(' ', '_')}-{seed}.json"
+            if kept.exists() and (known := json.loads(kept.read_text())).items() >= row.items():
+                rows.append(known)
+                continue
+            model = copy.deepcopy(start)
+            with tempfile.TemporaryDirectory() as out:
+                train(model, processor, utterances, answers, own, Path(out), init=args.init)
+                log = [json.loads(line) for line in (Path(out) / "joint.jsonl").read_text().splitlines()]
+            model.eval().to(torch.bfloat16)
+            result = evaluate.repeat(model, processor, phrases)
+            rows.append(row | {k: round(v, 4) for k, v in result.items() if k != "rows"} | {"last losses": log[-1]})
+            kept.write_text(json.dumps(rows[-1]))
+            print({k: v for k, v in rows[-1].items() if k != "settings"}, flush=True)
     summarize(rows, "variant", ("word_error_rate",))
     return rows
 
@@ -261,18 +261,6 @@ def joint_stage(args: argparse.Namespace, base: Path, processor: LyraProcessor):
     utterances = load_features(encode_folder(args.cache / "train", model, processor), args.utterances, args.start)
     asked = [u.text for u in utterances if u.kind == "question"]
     return model, utterances, answer_questions(asked, model, processor, args.cache / "answers.json")
-
-
-def in_processes(run: Callable[[tuple], dict], jobs: list[tuple], workers: int) -> list[dict]:
-    """``run`` of every job, in order, in forked processes, which find ``run`` and all that it holds in their memory."""
-    global _run
-    _run = run
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
-        return list(pool.map(_call, jobs))
-
-
-def _call(job: tuple) -> dict:
-    return _run(job)
 
 
 def summarize(rows: list[dict], by: str, keys: Iterable[str]) -> None:
