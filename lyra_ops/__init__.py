@@ -7,7 +7,15 @@ from lyra_ops.soft_dtw import dtw_path, soft_dtw, soft_dtw_alignment, soft_dtw_f
 from lyra_ops.soft_dtw.losses import SoftDTW, SoftDTWLoss, soft_dtw_divergence
 from lyra_ops.soft_dtw.packed import soft_dtw_alignment_packed, soft_dtw_packed
 from lyra_ops.soft_dtw.statistics import SoftDTWStatistics, pair_cost, soft_dtw_statistics
-from lyra_ops.token_select import TokenSelection, gather_tokens, select_tokens, select_tokens_packed, token_scores
+from lyra_ops.token_select import (
+    TokenSelection,
+    extract_tokens,
+    gather_tokens,
+    select_tokens,
+    select_tokens_packed,
+    token_scores,
+    token_scores_packed,
+)
 
 __all__ = [
     "LoraBank",
@@ -18,6 +26,7 @@ __all__ = [
     "TokenSelection",
     "backend_of",
     "dtw_path",
+    "extract_tokens",
     "gather_tokens",
     "multi_lora_linear",
     "multi_lora_linears",
@@ -33,4 +42,5 @@ __all__ = [
     "soft_dtw_packed",
     "soft_dtw_statistics",
     "token_scores",
+    "token_scores_packed",
 ]

@@ -360,7 +360,8 @@ def test_gather_is_indexing(layout: str, backend: str):
 @pytest.mark.parametrize("layout", ["right", "left", "packed"])
 def test_gather_gradients(layout: str, backend: str):
     scores, candidates, real = random_case(2, 9)
-    selection = select_tokens(scores, candidates, keep=0.4, key_mask=real, layout=layout, capacity=9)
+    capacity = 18 if layout == "packed" else 9
+    selection = select_tokens(scores, candidates, keep=0.4, key_mask=real, layout=layout, capacity=capacity)
     assert selection.lengths[0] != selection.lengths[1]
     hidden = torch.randn(2, 9, 3, dtype=torch.float64, requires_grad=True)
     cos = torch.randn(3, 2, 9, 2, dtype=torch.float64, requires_grad=True)
@@ -472,11 +473,31 @@ def test_raw_ops_pass_opcheck():
         raw(tensors[:1], index + 1, [False], [0.0], False)
 
 
+@on_each_backend
+def test_extract_is_the_three_in_a_row(backend: str):
+    g = torch.Generator().manual_seed(7)
+    query, key = torch.randn(3, 4, 6, 8, generator=g), torch.randn(3, 2, 50, 8, generator=g)
+    bias, candidates, real = random_case()
+    hidden, labels = torch.randn(3, 50, 5, requires_grad=True), torch.randint(0, 9, (3, 50), generator=g)
+    scoring = {"query_mask": torch.rand(3, 6, generator=g) < 0.8, "causal": True, "scale": 0.5, "key_bias": bias}
+    selecting = {"keep": 0.3, "min_keep": 3, "bias": bias / 50, "layout": "left", "segments": labels}
+    filling = {"fill": [0, -100], "backend": backend}
+    got, tensors = lyra_ops.extract_tokens(
+        query, key, candidates, hidden, labels, key_mask=real, **scoring, **selecting, **filling
+    )
+    scores = lyra_ops.token_scores(query, key, key_mask=real, backend=backend, **scoring)
+    expected = select_tokens(scores, candidates, key_mask=real, backend=backend, **selecting)
+    assert all(map(torch.equal, got, expected))
+    assert all(map(torch.equal, tensors, gather_tokens(expected, hidden, labels, **filling)))
+    (grad,) = torch.autograd.grad(tensors[0].sum(), hidden)
+    assert torch.equal(grad, expected.mask[..., None].float().expand(3, 50, 5))
+
+
 def drop(query: Tensor, key: Tensor, candidates: Tensor, keep: Tensor, hidden: Tensor) -> tuple[Tensor, ...]:
     """The whole extractor, at the capacity that serves every sample."""
-    scores = lyra_ops.token_scores(query, key, causal=True)
-    selection = select_tokens(scores, candidates, keep=keep, min_keep=1, capacity=hidden.shape[1])
-    return *gather_tokens(selection, hidden), *selection
+    options = {"keep": keep, "min_keep": 1, "causal": True, "capacity": hidden.shape[1]}
+    selection, (kept,) = lyra_ops.extract_tokens(query, key, candidates, hidden, **options)
+    return kept, *selection
 
 
 def test_compiles_as_a_whole():

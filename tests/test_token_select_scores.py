@@ -18,6 +18,7 @@ from lyra_ops import _loader
 from lyra_ops.testing import assert_within_reference_error
 
 compiled = pytest.mark.skipif(_loader.failure() is not None, reason=str(_loader.failure()))
+on_each_backend = pytest.mark.parametrize("backend", [pytest.param("cpu", marks=compiled), "reference"])
 BLOCKS = pytest.mark.parametrize(("rows", "length"), [(1, 1), (3, 7), (16, 512), (17, 513), (40, 1100)])
 
 
@@ -27,9 +28,12 @@ def formula(
     *,
     query_mask: Tensor | None = None,
     key_mask: Tensor | None = None,
+    key_limits: Tensor | None = None,
+    key_bias: Tensor | None = None,
     head_weights: Tensor | None = None,
     scale: float | None = None,
     causal: bool = False,
+    per_head: bool = False,
     dtype: type[np.floating] = np.longdouble,
 ) -> Tensor:
     """The formula of the docstring in numpy, row by row; by default in more than float64."""
@@ -38,22 +42,30 @@ def formula(
     kv_heads, length = key.shape[1:3]
     weights = np.ones((batch, heads)) if head_weights is None else head_weights.expand(batch, heads).numpy()
     scale = dim**-0.5 if scale is None else scale
-    result = np.zeros((batch, length), dtype=dtype)
+    result = np.zeros((batch, heads, length), dtype=dtype)
     for b in range(batch):
-        share = weights[b].astype(dtype) / weights[b].astype(dtype).sum()
         counted = 0
         for i in range(rows):
             seen = np.ones(length, dtype=bool) if key_mask is None else key_mask[b].numpy().copy()
             if causal:
                 seen[length - rows + i + 1 :] = False
+            if key_limits is not None:
+                seen[max(int(key_limits[b, i]), 0) :] = False
+            if key_bias is not None:
+                seen &= key_bias[b].numpy() > -np.inf
             if not seen.any() or not (query_mask is None or query_mask[b, i]):
                 continue
             counted += 1
             for h in range(heads):
                 logits = (key[b, h // (heads // kv_heads)] * query[b, h, i]).sum(1)[seen] * dtype(scale)
+                if key_bias is not None:
+                    logits += key_bias[b].numpy().astype(dtype)[seen]
                 cells = np.exp(logits - logits.max())
-                result[b, seen] += share[h] * (cells / cells.sum())
+                result[b, h, seen] += cells / cells.sum()
         result[b] /= max(counted, 1)
+    if not per_head:
+        weights = weights.astype(dtype)
+        result = (result * (weights / weights.sum(1, keepdims=True))[:, :, None]).sum(1)
     return torch.from_numpy(result.astype(np.float32 if dtype == np.float32 else np.float64))
 
 
@@ -78,20 +90,112 @@ def test_formula(rows: int, length: int, causal: bool, dtype: torch.dtype):
     assert_within_reference_error(got, plain, formula(query, key, causal=causal, **options))
 
 
+@on_each_backend
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (6, 6), (6, 1), (28, 4)])
-def test_grouped_query_heads(heads: int, kv_heads: int):
-    query, key, _ = sample(5, 33, heads=heads, kv_heads=kv_heads)
+def test_grouped_query_heads(heads: int, kv_heads: int, backend: str):
+    query, key, _ = sample(21, 33, heads=heads, kv_heads=kv_heads)
+    query, key = query.float(), key.float()
     repeated = key.repeat_interleave(heads // kv_heads, dim=1)
-    got = lyra_ops.token_scores(query, key)
-    assert_within_reference_error(got, formula(query, repeated, dtype=np.float64), formula(query, repeated))
+    for per_head in (False, True):
+        got = lyra_ops.token_scores(query, key, per_head=per_head, backend=backend)
+        plain, exact = (formula(query, repeated, per_head=per_head, dtype=d) for d in (np.float32, np.longdouble))
+        assert_within_reference_error(got, plain, exact)
 
 
-def test_options_have_their_meaning_each():
-    query, key, options = sample(6, 20)
+@on_each_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [1, 2, 7, 80])
+def test_head_dimensions_and_strided_channels(dim: int, dtype: torch.dtype, backend: str):
+    query, key, options = sample(19, 130, dim=2 * dim)
+    query, key = query.to(dtype)[..., ::2], key.to(dtype)
+    for k in (key[..., ::2], key[..., :dim], key[..., :dim].contiguous()):
+        got = lyra_ops.token_scores(query, k, backend=backend, **options)
+        plain, exact = (formula(query, k, dtype=d, **options) for d in (np.float32, np.longdouble))
+        assert_within_reference_error(got, plain, exact)
+
+
+@on_each_backend
+def test_options_have_their_meaning_each(backend: str):
+    query, key, options = sample(20, 210)
+    query, key = query.float(), key.float()
+    g = torch.Generator().manual_seed(1)
+    bias = torch.randn(2, 210, generator=g)
+    bias[torch.rand(2, 210, generator=g) < 0.3] = -torch.inf
+    limits = torch.randint(-3, 240, (2, 20), generator=g)
     per_head = {"head_weights": torch.tensor([0.0, 3.0, 1.0, 0.0])}
-    for chosen in ({"scale": 0.3}, {"scale": 0}, per_head, *({name: value} for name, value in options.items())):
-        plain, exact = formula(query, key, dtype=np.float64, **chosen), formula(query, key, **chosen)
-        assert_within_reference_error(lyra_ops.token_scores(query, key, **chosen), plain, exact, name=str(chosen))
+    several = {**options, "key_bias": bias, "key_limits": limits, "causal": True}
+    for chosen in (
+        {"scale": 0.3},
+        {"scale": -0.3},
+        {"scale": 0},
+        {"key_bias": bias},
+        {"key_bias": bias.bfloat16()},
+        {"key_limits": limits},
+        {"key_limits": limits.int(), "causal": True},
+        per_head,
+        *({name: value} for name, value in options.items()),
+        several,
+        {**several, "head_weights": None, "per_head": True},
+    ):
+        bias_used = {"key_bias": chosen["key_bias"].float()} if "key_bias" in chosen else {}
+        plain, exact = (formula(query, key, dtype=d, **chosen | bias_used) for d in (np.float32, np.longdouble))
+        got = lyra_ops.token_scores(query, key, backend=backend, **chosen)
+        assert_within_reference_error(got, plain, exact, name=str(chosen))
+
+
+@on_each_backend
+@pytest.mark.parametrize("causal", [False, True])
+def test_heads_together_are_their_mean(causal: bool, backend: str):
+    query, key, options = sample(20, 210)
+    query, key, weights = query.float(), key.float(), options.pop("head_weights")
+    each = lyra_ops.token_scores(query, key, per_head=True, causal=causal, backend=backend, **options).double()
+    torch.testing.assert_close(each.sum(2), torch.ones(2, 4, dtype=torch.float64))
+    together = lyra_ops.token_scores(query, key, head_weights=weights, causal=causal, backend=backend, **options)
+    weights = weights.double() / weights.double().sum(1, keepdim=True)
+    mean = (each * weights[..., None]).sum(1)
+    plain = formula(query, key, head_weights=weights, causal=causal, dtype=np.float32, **options)
+    exact = formula(query, key, head_weights=weights, causal=causal, **options)
+    assert_within_reference_error(together, plain, exact)
+    assert_within_reference_error(mean.float(), plain, exact)
+
+
+@on_each_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("causal", [False, True])
+def test_packed_is_padded_bit_for_bit(dtype: torch.dtype, causal: bool, backend: str):
+    g = torch.Generator().manual_seed(4)
+    rows, lengths = [5, 0, 40, 3, 4], [500, 7, 130, 3, 0 if not causal else 9]
+    heads, kv_heads, dim = 6, 2, 16
+    cu_q, cu_k = (torch.tensor([2, *sizes]).cumsum(0).int() for sizes in (rows, lengths))
+    query = torch.randn(sum(rows) + 5, heads, dim, generator=g).to(dtype)
+    key = torch.randn(sum(lengths) + 5, kv_heads, dim, generator=g).to(dtype)
+    of_rows = {
+        "query_mask": torch.rand(len(query), generator=g) < 0.8,
+        "key_limits": torch.randint(1, 400, (len(query),), generator=g),
+    }
+    of_keys = {
+        "key_mask": torch.rand(len(key), generator=g) < 0.8,
+        "key_bias": torch.randn(len(key), generator=g),
+    }
+    weights = torch.rand(5, heads, generator=g)
+    lse = torch.randn(heads, len(query), generator=g) + 6
+    for more in ({"head_weights": weights}, {"per_head": True}, {"lse": lse}):
+        options = {"causal": causal, "backend": backend, **more}
+        got = lyra_ops.token_scores_packed(query, key, cu_q, cu_k, **of_rows, **of_keys, **options)
+        assert got.shape == ((heads, len(key)) if "per_head" in more else (len(key),))
+        outside = torch.ones(len(key), dtype=torch.bool)
+        for b in range(5):
+            q, k = slice(cu_q[b], cu_q[b + 1]), slice(cu_k[b], cu_k[b + 1])
+            outside[k] = False
+            alone = {name: t[q][None] for name, t in of_rows.items()} | {n: t[k][None] for n, t in of_keys.items()}
+            if "lse" in more:
+                options["lse"] = lse[None, :, q]
+            if "head_weights" in more:
+                options["head_weights"] = weights[b]
+            tensors = (t.transpose(0, 1)[None] for t in (query[q], key[k]))
+            one = lyra_ops.token_scores(*tensors, **alone, **options)
+            assert torch.equal(got[..., k], one[0]), f"sample {b} with {more.keys()}"
+        assert (got[..., outside] == 0).all()
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -279,8 +383,10 @@ def test_compiles_and_passes_opcheck():
     )
     weights = torch.full((2, 4), 0.25, dtype=torch.float64)
     raw = torch.ops.lyra.token_scores_reference
-    torch.library.opcheck(raw, (query, key, options["query_mask"], options["key_mask"], weights, 0.3, True, None))
-    torch.library.opcheck(raw, (query, key, None, None, weights, 0.3, False, torch.zeros(2, 4, 5)))
+    masks = options["query_mask"], options["key_mask"], None, None
+    torch.library.opcheck(raw, (query, key, *masks, weights, 0.3, True, None, False, None, None))
+    lse = torch.zeros(2, 4, 5)
+    torch.library.opcheck(raw, (query, key, None, None, None, None, None, 0.3, False, lse, True, None, None))
 
 
 @compiled
@@ -302,6 +408,12 @@ def test_compiled_on_a_cpu():
     masks = options["query_mask"], options["key_mask"], None, None
     raw = torch.ops.lyra.token_select_scores
     torch.library.opcheck(raw, (query, key, *masks, weights, 0.3, True, None, False, None, None))
+    limits, bias = torch.randint(0, 5000, (2, 20)).int(), torch.randn(2, 5000)
+    torch.library.opcheck(raw, (query, key, None, None, limits, bias, None, 0.3, False, None, True, None, None))
+    starts = torch.tensor([0, 9, 20]).int(), torch.tensor([0, 5000, 5000]).int()
+    torch.library.opcheck(raw, (query[:1], key[:1], None, None, None, None, None, 0.3, False, None, False, *starts))
+    with pytest.raises(RuntimeError, match="cu_seqlens_k: expected increasing places from 0 to 5000"):
+        raw(query[:1], key[:1], None, None, None, None, None, 0.3, False, None, False, starts[0], starts[1] + 1)
 
 
 def test_backend_by_name():
@@ -324,6 +436,9 @@ ERRORS = {
     "query_mask: got shape (2, 5), expected (2, 3)": (Q, K, {"query_mask": torch.ones(2, 5, dtype=torch.bool)}),
     "key_mask: got dtype int64, expected bool": (Q, K, {"key_mask": torch.ones(2, 5, dtype=torch.int64)}),
     "key: got a tensor on meta, expected cpu": (Q, K.to("meta"), {}),
+    "key_limits: got dtype float32, expected int64 or int32": (Q, K, {"key_limits": torch.zeros(2, 3)}),
+    "key_bias: got shape (2, 3), expected (2, 5)": (Q, K, {"key_bias": torch.zeros(2, 3)}),
+    "head_weights: got weights and per_head=True": (Q, K, {"head_weights": torch.ones(4), "per_head": True}),
     "causal: got 3 query rows and 2 keys": (Q, K[:, :, :2], {"causal": True}),
     "scale: got nan, expected a finite number": (Q, K, {"scale": math.nan}),
     "scale: got '1', expected a finite number": (Q, K, {"scale": "1"}),
@@ -341,3 +456,22 @@ def test_errors_name_the_argument(message: str):
     query, key, options = ERRORS[message]
     with pytest.raises((ValueError, TypeError), match="^" + re.escape(message)):
         lyra_ops.token_scores(query, key, **options)
+
+
+PQ, PK, CU = torch.zeros(6, 4, 8), torch.zeros(9, 2, 8), torch.tensor([0, 6], dtype=torch.int32)
+PACKED_ERRORS = {
+    "query: got shape (2, 4, 3, 8), expected (Tq, Hq, D)": (Q, PK, CU, CU, {}),
+    "key: got shape (9, 2, 4), expected (Tk, Hkv, 8)": (PQ, PK[..., :4], CU, CU, {}),
+    "cu_seqlens_q: got dtype int64, expected int32": (PQ, PK, CU.long(), CU, {}),
+    "cu_seqlens_k: got shape (1,), expected (2,)": (PQ, PK, CU, CU[:1], {}),
+    "cu_seqlens_k: got [0, 12], expected increasing places from 0 to 9": (PQ, PK, CU, CU * 2, {}),
+    "causal: sample 0 has more query rows than keys": (PQ, PK, CU, CU // 2, {"causal": True}),
+    "lse: got shape (6, 4), expected (4, 6)": (PQ, PK, CU, CU, {"lse": torch.zeros(6, 4)}),
+}
+
+
+@pytest.mark.parametrize("message", PACKED_ERRORS)
+def test_packed_errors_name_the_argument(message: str):
+    *arguments, options = PACKED_ERRORS[message]
+    with pytest.raises((ValueError, TypeError), match="^" + re.escape(message)):
+        lyra_ops.token_scores_packed(*arguments, **options)

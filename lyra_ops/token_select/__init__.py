@@ -63,15 +63,18 @@ def token_scores(
     *,
     query_mask: Tensor | None = None,
     key_mask: Tensor | None = None,
+    key_limits: Tensor | None = None,
+    key_bias: Tensor | None = None,
     head_weights: Tensor | None = None,
     scale: float | None = None,
     causal: bool = False,
     lse: Tensor | None = None,
+    per_head: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """How much attention each key gets from the counted query rows, averaged over heads and rows.
 
-        score_k = sum_h w_h mean_q softmax_k(scale * Q_q^h . K_k^(h // (Hq/Hkv)))
+        score_k = sum_h w_h mean_q softmax_k(scale * Q_q^h . K_k^(h // (Hq/Hkv)) + key_bias_k)
 
     w_h = 1/Hq, or ``head_weights`` divided by their sum; so the scores of a sample sum to 1. The softmax runs over the
     real keys that the row sees. Computed in float32 (float64 for float64 inputs) from blocks of logits; no matrix of
@@ -81,11 +84,15 @@ def token_scores(
     key          (B, Hkv, L, D), any strides, dtype of query; Hq is a multiple of Hkv
     query_mask   (B, Lq) bool: the rows that count (e.g. the instruction's text); default all
     key_mask     (B, L) bool: the keys that are real; default all. Padding and rows that do not count may hold anything.
+    key_limits   (B, Lq) int64 or int32: row i sees the keys at places 0 .. key_limits[b, i] - 1 alone
+    key_bias     (B, L) float, added to the scaled logits of all rows and heads; -inf hides a key
     head_weights (Hq,) or (B, Hq), not negative, with a positive sum
     scale        default 1 / sqrt(D)
-    causal       the rows are the last Lq of the L positions, and row i sees keys up to its own, L - Lq + i
+    causal       the rows are the last Lq of the L positions, and row i sees keys up to its own, L - Lq + i; with
+                 ``key_limits``, both hold
     lse          (B, Hq, Lq) float32 or float64: the natural log of the sum of exp of the scaled logits of each row over
                  the keys that it sees, as attention returns it; saves one of two passes over the keys
+    per_head     each head's own scores, mean over rows alone, (B, Hq, L); ``head_weights`` must be None
 
     Returns (B, L) float32 (float64 for float64 inputs); 0 for padding. A row that sees no key does not count; a sample
     in which no row counts has all scores 0. A NaN among the numbers that count makes the scores of its sample NaN.
@@ -97,36 +104,117 @@ def token_scores(
     ``head_weights`` are checked on the CPU only.
 
     Source: Lyra (ICCV 2025), equation 4, as its code computes it: ``causal=False`` and all keys in the softmax. With
-    ``causal=True`` and the last row alone it is FastV's score, with the last rows SnapKV's before pooling.
+    ``causal=True`` and the last row alone it is FastV's score, with the last rows SnapKV's before pooling;
+    `lyra_ops.token_select.policies` has those and more.
     """
     check_tensor("query", query, shape=("B", "Hq", "Lq", "D"), dtypes=FLOAT_DTYPES)
     batch, heads, rows, dim = query.shape
     check_tensor("key", key, shape=(batch, "Hkv", "L", dim), dtypes=(query.dtype,), device=query.device)
-    kv_heads, length = key.shape[1:3]
+    length = key.shape[2]
+    per_token = {
+        "query_mask": (query_mask, (batch, rows), (torch.bool,)),
+        "key_mask": (key_mask, (batch, length), (torch.bool,)),
+        "key_limits": (key_limits, (batch, rows), INT_DTYPES),
+        "key_bias": (key_bias, (batch, length), FLOAT_DTYPES),
+        "lse": (lse, (batch, heads, rows), (torch.float32, torch.float64)),
+    }
+    _check_given(per_token, query.device)
+    if causal and rows > length:
+        raise ValueError(f"causal: got {rows} query rows and {length} keys, expected at most as many rows as keys")
+    given = [tensor for tensor, *_ in per_token.values()]
+    return _score(query, key, *given, head_weights, scale, causal, per_head, (None, None), backend)
+
+
+@torch.no_grad()
+def token_scores_packed(
+    query: Tensor,
+    key: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    query_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    key_limits: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    head_weights: Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+    lse: Tensor | None = None,
+    per_head: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """`token_scores` of samples that stand one after the other, as in flash-attn's varlen functions.
+
+    query         (Tq, Hq, D): sample b has the rows cu_seqlens_q[b] .. cu_seqlens_q[b+1] - 1
+    key           (Tk, Hkv, D): and the keys cu_seqlens_k[b] .. cu_seqlens_k[b+1] - 1
+    cu_seqlens_q, cu_seqlens_k  (B + 1,) int32, increasing
+    query_mask, key_limits (Tq,), key_mask, key_bias (Tk,), lse (Hq, Tq), head_weights (Hq,) or (B, Hq): as there;
+                  key_limits count from the sample's first key
+
+    Returns (Tk,), or (Hq, Tk) with ``per_head``: bit for bit what `token_scores` gives the samples; 0 for keys that
+    belong to none. The reference reads cu_seqlens back from a GPU.
+    """
+    check_tensor("query", query, shape=("Tq", "Hq", "D"), dtypes=FLOAT_DTYPES)
+    rows, heads, dim = query.shape
+    check_tensor("key", key, shape=("Tk", "Hkv", dim), dtypes=(query.dtype,), device=query.device)
+    length = key.shape[0]
+    per_token = {
+        "query_mask": (query_mask, (rows,), (torch.bool,)),
+        "key_mask": (key_mask, (length,), (torch.bool,)),
+        "key_limits": (key_limits, (rows,), INT_DTYPES),
+        "key_bias": (key_bias, (length,), FLOAT_DTYPES),
+        "lse": (lse, (heads, rows), (torch.float32, torch.float64)),
+    }
+    _check_given(per_token, query.device)
+    check_tensor("cu_seqlens_q", cu_seqlens_q, shape=("B + 1",), dtypes=(torch.int32,), device=query.device)
+    shape = tuple(cu_seqlens_q.shape)
+    check_tensor("cu_seqlens_k", cu_seqlens_k, shape=shape, dtypes=(torch.int32,), device=query.device)
+    _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, rows)
+    _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, length)
+    if causal and readable(cu_seqlens_q):
+        longer = cu_seqlens_q.diff() > cu_seqlens_k.diff()
+        if bool(longer.any()):
+            raise ValueError(f"causal: sample {int(longer.int().argmax())} has more query rows than keys")
+    given = [None if tensor is None else tensor[None] for tensor, *_ in per_token.values()]
+    query, key = query.transpose(0, 1)[None], key.transpose(0, 1)[None]
+    packed = cu_seqlens_q, cu_seqlens_k
+    return _score(query, key, *given, head_weights, scale, causal, per_head, packed, backend)[0]
+
+
+def _check_given(arguments: dict[str, tuple], device: torch.device) -> None:
+    for name, (tensor, shape, dtypes) in arguments.items():
+        if tensor is not None:
+            check_tensor(name, tensor, shape=shape, dtypes=dtypes, device=device)
+
+
+def _score(
+    query, key, query_mask, key_mask, key_limits, key_bias, lse, head_weights, scale, causal, per_head, packed, backend
+):
+    heads, dim, kv_heads = query.shape[1], query.shape[3], key.shape[1]
     if kv_heads == 0 or heads == 0 or heads % kv_heads:
         raise ValueError(f"query: got {heads} heads, expected a positive multiple of the {kv_heads} heads of key")
     if dim == 0:
         raise ValueError("query: got head dimension 0, expected at least 1")
-    if query_mask is not None:
-        check_tensor("query_mask", query_mask, shape=(batch, rows), dtypes=(torch.bool,), device=query.device)
-    if key_mask is not None:
-        check_tensor("key_mask", key_mask, shape=(batch, length), dtypes=(torch.bool,), device=query.device)
-    if causal and rows > length:
-        raise ValueError(f"causal: got {rows} query rows and {length} keys, expected at most as many rows as keys")
     if scale is None:
         scale = dim**-0.5
     elif not isinstance(scale, Real) or not abs(scale) < math.inf:
         raise ValueError(f"scale: got {scale!r}, expected a finite number")
-    if lse is not None:
-        check_tensor("lse", lse, shape=(batch, heads, rows), dtypes=(torch.float32, torch.float64), device=query.device)
-    weights = _head_weights(head_weights, query)
-    why_not = {"cpu": _why_not_cpu(query), "reference": None}
-    if choose("token_scores", why_not, backend) == "cpu":
-        lse = None if lse is None else lse.double()
-        return torch.ops.lyra.token_select_scores(
-            query, key, query_mask, key_mask, None, None, weights, float(scale), causal, lse, False, None, None
-        )
-    return reference.token_scores(query, key, query_mask, key_mask, weights, float(scale), causal, lse)
+    samples = query.shape[0] if packed[0] is None else packed[0].shape[0] - 1
+    if head_weights is not None:
+        if per_head:
+            raise ValueError("head_weights: got weights and per_head=True, expected one of them")
+        head_weights = _head_weights(head_weights, query, samples)
+    if key_limits is not None:
+        key_limits = key_limits.clamp(0, key.shape[2]).int()
+    if key_bias is not None:
+        key_bias = key_bias.to(torch.float64 if query.dtype == torch.float64 else torch.float32)
+    why_not = {**_why_not_compiled("scores", query), "reference": None}
+    if query.device.type == "cpu" and query.dtype == torch.float64:
+        why_not["cpu"] = "it computes in float32, and query is float64"
+    compiled = choose("token_scores", why_not, backend) != "reference"
+    raw_op = torch.ops.lyra.token_select_scores if compiled else reference.token_scores
+    options = head_weights, float(scale), causal, lse, per_head, *packed
+    return raw_op(query, key, query_mask, key_mask, key_limits, key_bias, *options)
 
 
 @torch.no_grad()
@@ -346,6 +434,65 @@ class _Gather(torch.autograd.Function):
         return None, None, None, None, None, None, *results
 
 
+def extract_tokens(
+    query: Tensor,
+    key: Tensor,
+    candidates: Tensor,
+    *tensors: Tensor,
+    keep: float | int | Tensor,
+    min_keep: int = 0,
+    query_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    key_limits: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    head_weights: Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+    lse: Tensor | None = None,
+    bias: Tensor | None = None,
+    segments: Tensor | None = None,
+    capacity: int | None = None,
+    layout: str = "right",
+    fill: float | Sequence[float] = 0,
+    backend: str | None = None,
+) -> tuple[TokenSelection, tuple[Tensor, ...]]:
+    """`token_scores`, `select_tokens` and `gather_tokens` in one call: the extractor of the paper.
+
+        selection, (hidden, position_ids) = extract_tokens(query, key, is_image, hidden, position_ids, keep=0.7)
+
+    The arguments are those of the three functions, ``key_mask`` serving two of them; ``tensors`` and only they are
+    differentiated. With ``capacity`` nothing is read back from a GPU. ``backend`` by name is asked of all three.
+
+    Returns (TokenSelection, tuple of the gathered tensors).
+    """
+    scores = token_scores(
+        query,
+        key,
+        query_mask=query_mask,
+        key_mask=key_mask,
+        key_limits=key_limits,
+        key_bias=key_bias,
+        head_weights=head_weights,
+        scale=scale,
+        causal=causal,
+        lse=lse,
+        backend=backend,
+    )
+    selection = select_tokens(
+        scores,
+        candidates,
+        keep=keep,
+        min_keep=min_keep,
+        key_mask=key_mask,
+        bias=bias,
+        segments=segments,
+        capacity=capacity,
+        layout=layout,
+        backend=backend,
+    )
+    return selection, gather_tokens(selection, *tensors, fill=fill, backend=backend)
+
+
 def _has_planes(i: int, tensor: Tensor, tokens: torch.Size, device: torch.device) -> bool:
     """Whether the tensor is (P, B, L, ...), not (B, L, ...); packed (P, T, ...), not (T, ...)."""
     check_tensor(f"tensors[{i}]", tensor, device=device)
@@ -380,29 +527,18 @@ def _why_not_compiled(raw_op: str, tensor: Tensor) -> dict[str, str | None]:
     return why_not
 
 
-def _why_not_cpu(query: Tensor) -> str | None:
-    if query.device.type != "cpu":
-        return f"query is on {query.device}"
-    if query.dtype == torch.float64:
-        return "it computes in float32, and query is float64"
-    return missing_kernel("token_select_scores", "cpu")
-
-
-def _head_weights(weights: Tensor | None, query: Tensor) -> Tensor:
-    """(B, Hq) in the dtype of the scores, summing to 1."""
-    batch, heads = query.shape[:2]
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    if weights is None:
-        return query.new_full((batch, heads), 1 / heads, dtype=dtype)
-    shape = (heads,) if isinstance(weights, Tensor) and weights.ndim == 1 else (batch, heads)
+def _head_weights(weights: object, query: Tensor, samples: int) -> Tensor:
+    """(samples, Hq) in the dtype of the scores, summing to 1."""
+    heads = query.shape[1]
+    shape = (heads,) if isinstance(weights, Tensor) and weights.ndim == 1 else (samples, heads)
     check_tensor("head_weights", weights, shape=shape, dtypes=FLOAT_DTYPES, device=query.device)
     if readable(weights):
         if not bool((weights.isfinite() & (weights >= 0)).all()):
             raise ValueError("head_weights: got a negative or non-finite weight, expected finite weights >= 0")
         if not bool((weights.sum(-1) > 0).all()):
             raise ValueError("head_weights: got weights that sum to 0, expected a positive sum")
-    weights = weights.to(dtype)
-    return (weights / weights.sum(-1, keepdim=True)).expand(batch, heads)
+    weights = weights.to(torch.float64 if query.dtype == torch.float64 else torch.float32)
+    return (weights / weights.sum(-1, keepdim=True)).expand(samples, heads)
 
 
 def _check_keep(keep: object, samples: int, segments: Tensor | None, device: torch.device) -> float | int | Tensor:

@@ -20,30 +20,64 @@ def token_scores(
     key: Tensor,
     query_mask: Tensor | None,
     key_mask: Tensor | None,
-    head_weights: Tensor,
+    key_limits: Tensor | None,
+    key_bias: Tensor | None,
+    head_weights: Tensor | None,
     scale: float,
     causal: bool,
     lse: Tensor | None,
+    per_head: bool,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
 ) -> Tensor:
-    """Scores (B, L), float64 for float64 inputs, else float32; head_weights (B, Hq) sum to 1 in every sample.
+    """Scores (B, L), or (B, Hq, L) with per_head, float64 for float64 inputs, else float32.
 
-    An op of its own, so that torch.compile need not unroll the loops.
+    head_weights (samples, Hq) sum to 1 in every sample. cu_seqlens: the samples stand one after the other in a batch of
+    one. An op of its own, so that torch.compile need not unroll the loops.
     """
-    batch, length = query.shape[0], key.shape[2]
-    scores = query.new_zeros((batch, length), dtype=head_weights.dtype)
-    if query.shape[2] == 0 or length == 0:
+    scores = _new_scores(query, key, per_head)
+    rows, keys = query.shape[2], key.shape[2]
+    if rows == 0 or keys == 0:
         return scores
+    if cu_seqlens_q is None:
+        places = [(b, slice(0, rows), slice(0, keys)) for b in range(query.shape[0])]
+    else:
+        starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+        spans = zip(starts_q, starts_q[1:], starts_k, starts_k[1:])
+        places = [(0, slice(q, q_end), slice(k, k_end)) for q, q_end, k, k_end in spans]
     with torch.autocast(query.device.type, enabled=False):
-        for b in range(batch):
-            rows, keys = (None if mask is None else mask[b] for mask in (query_mask, key_mask))
-            sample_lse = None if lse is None else lse[b]
-            _score_sample(scores[b], query[b], key[b], rows, keys, head_weights[b], scale, causal, sample_lse)
+        for b, (row, q, k) in enumerate(places):
+            if q.start == q.stop or k.start == k.stop:
+                continue
+
+            def mine(t: Tensor | None, span: slice, row: int = row) -> Tensor | None:
+                return None if t is None else t[row][..., span]
+
+            _score_sample(
+                scores[row][..., k],
+                query[row][:, q],
+                key[row][:, k],
+                mine(query_mask, q),
+                mine(key_mask, k),
+                mine(key_limits, q),
+                mine(key_bias, k),
+                None if head_weights is None or per_head else head_weights[b],
+                scale,
+                causal,
+                mine(lse, q),
+            )
     return scores
 
 
 @token_scores.register_fake
-def _(query, key, query_mask, key_mask, head_weights, scale, causal, lse):
-    return query.new_empty((query.shape[0], key.shape[2]), dtype=head_weights.dtype)
+def _(query, key, query_mask, key_mask, key_limits, key_bias, head_weights, scale, causal, lse, per_head, *packed):
+    return _new_scores(query, key, per_head)
+
+
+def _new_scores(query: Tensor, key: Tensor, per_head: bool) -> Tensor:
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    heads = (query.shape[1],) if per_head else ()
+    return query.new_zeros((query.shape[0], *heads, key.shape[2]), dtype=dtype)
 
 
 def _score_sample(
@@ -52,12 +86,14 @@ def _score_sample(
     key: Tensor,
     query_mask: Tensor | None,
     key_mask: Tensor | None,
-    head_weights: Tensor,
+    key_limits: Tensor | None,
+    key_bias: Tensor | None,
+    head_weights: Tensor | None,
     scale: float,
     causal: bool,
     lse: Tensor | None,
 ) -> None:
-    """Writes the scores (L,) of query (Hq, Lq, D) and key (Hkv, L, D)."""
+    """Writes the scores (L,) or (Hq, L) of query (Hq, Lq, D) and key (Hkv, L, D)."""
     heads, n_rows, _ = query.shape
     kv_heads, n_keys, _ = key.shape
     dtype, device = scores.dtype, scores.device
@@ -66,11 +102,15 @@ def _score_sample(
     row_place = torch.arange(n_keys - n_rows, n_keys, device=device)
     if not causal:
         row_place = torch.full_like(row_place, n_keys - 1)
+    if key_limits is not None:
+        row_place = row_place.minimum(key_limits - 1)
     key_place = torch.arange(n_keys, device=device)
     if query_mask is not None:
         row_place = row_place.masked_fill(~query_mask, -1)
     if key_mask is not None:
         key_place = key_place.masked_fill(~key_mask, n_keys)
+    if key_bias is not None:
+        key_place = key_place.masked_fill(key_bias == -torch.inf, n_keys)
 
     # Padding goes behind, so that neither its side nor its amount moves a block boundary.
     row_order = (row_place < 0).byte().argsort(stable=True)
@@ -80,15 +120,21 @@ def _score_sample(
     if device.type == "cpu":  # reading is free here: leave out blocks of padding, which would add exact zeros
         n_rows, n_keys = int((row_place >= 0).sum()), int((key_place < n_keys).sum())
     row_order, row_place = _fill_block(row_order, 0, ROWS), _fill_block(row_place, -1, ROWS)
-    key_order, key_place = _fill_block(key_order, 0, KEYS), _fill_block(key_place, scores.shape[0], KEYS)
+    key_order, key_place = _fill_block(key_order, 0, KEYS), _fill_block(key_place, scores.shape[-1], KEYS)
+    if head_weights is None:
+        head_weights = scores.new_full((heads,), 1 / heads if scores.ndim == 1 else 1)
 
     def logits(q: Tensor, place: Tensor, j: int) -> tuple[Tensor, Tensor]:
         """Cells (Hq, ROWS, KEYS) of the rows q at keys j..., and which (ROWS, KEYS) of them are not visible."""
         k = key.index_select(1, key_order[j : j + KEYS]).to(dtype)
         hidden = key_place[j : j + KEYS] > place[:, None]
-        return (q @ k.mT).view(heads, ROWS, KEYS).masked_fill_(hidden, -torch.inf), hidden
+        cells = (q @ k.mT).view(heads, ROWS, KEYS)
+        if key_bias is not None:
+            cells += key_bias.to(dtype)[key_order[j : j + KEYS]]
+        return cells.masked_fill_(hidden, -torch.inf), hidden
 
-    total = scores.new_zeros(key_order.shape)
+    total = scores.new_zeros((*scores.shape[:-1], len(key_order)))
+    over = (0, 1) if scores.ndim == 1 else 1
     for i in range(0, n_rows, ROWS):
         rows, place = row_order[i : i + ROWS], row_place[i : i + ROWS]
         q = (query.index_select(1, rows).to(dtype) * scale).reshape(kv_heads, -1, query.shape[2])
@@ -101,8 +147,9 @@ def _score_sample(
         for j in range(0, n_keys, KEYS):
             cells, hidden = logits(q, place, j)
             share = cells.sub_(norm[..., None]).exp_().masked_fill_(hidden, 0)
-            total[j : j + KEYS] += share.mul_(head_weights[:, None, None]).sum((0, 1))
-    scores[key_order[: len(scores)]] = total[: len(scores)] / n_counted.clamp(min=1)
+            total[..., j : j + KEYS] += share.mul_(head_weights[:, None, None]).sum(over)
+    length = scores.shape[-1]
+    scores[..., key_order[:length]] = total[..., :length] / n_counted.clamp(min=1)
 
 
 def _fill_block(values: Tensor, value: int, size: int) -> Tensor:
