@@ -70,27 +70,22 @@ def test_a_peer_is_shown_with_its_error_or_left_out_with_its_reason(capsys):
 
 
 @pytest.mark.slow
-def test_the_command_writes_what_it_ran_on(tmp_path: Path):
-    file = tmp_path / "soft_dtw.json"
-    command = [
-        sys.executable,
-        "-m",
-        "bench",
-        "soft_dtw",
-        "--quick",
-        "--device",
-        "cpu",
-        "--threads",
-        "1",
-        "--json",
-        str(file),
-    ]
-    subprocess.run(command, cwd=ROOT, check=True)
+@pytest.mark.parametrize(
+    ("op", "implementations"),
+    [
+        ("soft_dtw", {"lyra (cpu)", "plain torch (anti-diagonals)"}),
+        ("token_select", {"lyra (cpu)", "published formula", "torch.topk, sort", "torch.gather each"}),
+    ],
+)
+def test_the_command_writes_what_it_ran_on(op: str, implementations: set[str], tmp_path: Path):
+    file = tmp_path / f"{op}.json"
+    options = ["--quick", "--device", "cpu", "--threads", "1", "--json", str(file)]
+    subprocess.run([sys.executable, "-m", "bench", op, *options], cwd=ROOT, check=True)
     told = json.loads(file.read_text())
-    assert told["op"] == "soft_dtw"
+    assert told["op"] == op
     assert told["threads"] == 1
     assert all(told[key] for key in ("device", "torch", "commit", "command", "date", "ceilings"))
-    assert {r["implementation"] for r in told["results"]} >= {"lyra (cpu)", "plain torch (anti-diagonals)"}
+    assert {r["implementation"] for r in told["results"]} >= implementations
 
 
 def test_the_report_shows_what_was_kept_and_nothing_else(tmp_path: Path):

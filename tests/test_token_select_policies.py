@@ -1,0 +1,139 @@
+"""Scores, budgets and schedules of other methods, against their formulas."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import lyra_ops
+from lyra_ops.testing import assert_within_reference_error
+from lyra_ops.token_select import policies
+
+
+def attention(query: torch.Tensor, key: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Causal attention weights (B, Hq, Lq, L) of the last Lq positions, the whole matrix."""
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    logits = query.to(dtype) @ key.to(dtype).mT / math.sqrt(query.shape[-1])
+    rows, length = logits.shape[-2:]
+    hidden = torch.ones(rows, length, dtype=torch.bool).triu(length - rows + 1)
+    return logits.masked_fill(hidden, -torch.inf).softmax(-1)
+
+
+def tensors(rows: int = 70, length: int = 300) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(2, 6, rows, 16, generator=g), torch.randn(2, 2, length, 16, generator=g)
+
+
+def test_fastv_looks_from_the_last_real_row():
+    query, key = tensors()
+    counted = torch.ones(2, 70, dtype=torch.bool)
+    counted[1, 60:] = False
+    got = lyra_ops.token_scores(query, key, query_mask=policies.last_row(counted), causal=True)
+    plain, exact = (
+        torch.stack([attention(query, key, dtype)[b, :, row].mean(0) for b, row in enumerate((69, 59))])
+        for dtype in (torch.float32, torch.float64)
+    )
+    assert_within_reference_error(got, plain, exact)
+    assert not policies.last_row(torch.zeros(2, 5, dtype=torch.bool)).any()
+
+
+def test_snapkv_pools_the_window_of_each_head():
+    query, key = tensors()
+    window, kernel = 32, 5
+    got = lyra_ops.token_scores(query[:, :, -window:], key, causal=True, per_head=True) * window
+    got = F.avg_pool1d(got[..., :-window], kernel, stride=1, padding=kernel // 2)
+    votes = {d: attention(query, key, d)[:, :, -window:, :-window].sum(2) for d in (torch.float32, torch.float64)}
+    plain, exact = (F.avg_pool1d(v, kernel, stride=1, padding=kernel // 2) for v in votes.values())
+    assert_within_reference_error(got, plain, exact)
+    kept = lyra_ops.select_tokens(got[0], torch.ones(6, 268, dtype=torch.bool), keep=100).index
+    assert torch.equal(kept, exact[0].topk(100).indices.sort().values)
+
+
+def test_pyramiddrop_looks_from_the_instruction_and_counts_from_the_original():
+    query, key = tensors(rows=300)
+    image = torch.zeros(2, 300, dtype=torch.bool)
+    image[:, 20:277] = True
+    last_instruction = torch.zeros(2, 300, dtype=torch.bool)
+    last_instruction[:, 290] = True
+    scores = lyra_ops.token_scores(query, key, query_mask=last_instruction, causal=True)
+    exact = attention(query, key, torch.float64)[:, :, 290].mean(1)
+    assert_within_reference_error(scores, attention(query, key, torch.float32)[:, :, 290].mean(1), exact)
+    schedule = policies.pyramid_schedule([8, 16, 24])
+    assert schedule == {8: 0.5, 16: 0.5, 24: 0.5}
+    assert policies.pyramid_schedule([2, 4], [0.8, 0.2]) == {2: 0.8, 4: pytest.approx(0.25)}
+    # Its counts: floors of shares of the original number.
+    counts = [math.floor(257 * 0.5**stage) for stage in (1, 2, 3)]
+    for count in counts:
+        kept = lyra_ops.select_tokens(scores, image, keep=count)
+        best = (exact[0].masked_fill(~image[0], -1)).topk(count).indices.sort().values
+        assert torch.equal(kept.index[0][image[0][kept.index[0]]], best)
+
+
+def test_random_and_uniform():
+    candidates = torch.zeros(2, 40, dtype=torch.bool)
+    candidates[0, 5:37] = True
+    candidates[1, 1:33] = True
+    draws = policies.random_scores(candidates, seed=3)
+    assert torch.equal(draws[0, 5:37], draws[1, 1:33])  # the same tokens wherever they stand
+    assert not torch.equal(draws, policies.random_scores(candidates, seed=4))
+    for keep, min_keep, n in ((0.25, 0, 8), (5, 0, 5), (0.1, 7, 7), (1.0, 0, 32), (50, 0, 32)):
+        scores = policies.uniform_scores(candidates, keep, min_keep=min_keep)
+        selection = lyra_ops.select_tokens(scores, candidates, keep=keep, min_keep=min_keep)
+        assert torch.equal(selection.mask, scores.bool() | ~candidates)
+        gaps = scores[0].nonzero()[:, 0].diff()
+        assert len(gaps) == n - 1 and gaps.max() - gaps.min() <= 1
+
+
+def test_heads_that_look_at_the_candidates():
+    scores = torch.zeros(1, 4, 6)
+    scores[0, :, 0] = torch.tensor([0.2, 0.9, 0.2, 0.5])
+    scores[0, :, 5] = 1 - scores[0, :, 0]
+    candidates = torch.arange(6)[None] < 3
+    assert policies.top_heads(scores, candidates).tolist() == [[0, 1, 0, 1]]
+    assert policies.top_heads(scores, candidates, share=0.75).tolist() == [[1, 1, 0, 1]]  # the lower of equals
+    query, key = tensors()
+    each = lyra_ops.token_scores(query, key, per_head=True)
+    weights = policies.top_heads(each, torch.arange(300).expand(2, -1) < 100)
+    got = lyra_ops.token_scores(query, key, head_weights=weights)
+    expected = torch.stack([each[b][weights[b].bool()].mean(0) for b in range(2)])
+    torch.testing.assert_close(got, expected)
+    with pytest.raises(ValueError, match="^share: got 0"):
+        policies.top_heads(scores, candidates, share=0)
+
+
+def test_budgets_follow_relevance():
+    scores = torch.tensor([[0.4, 0.1, 0.05, 0.05, 0.1, 0.1, 0.2, 0.0]])
+    segments = torch.tensor([[0, 0, 1, 1, 1, 1, 2, 2]])
+    candidates = torch.ones(1, 8, dtype=torch.bool)
+    # half of eight: 4 x (0.5, 0.3, 0.2) = 2, 1.2, 0.8
+    budgets = policies.relevance_budgets(scores, candidates, segments, 0.5, 3)
+    assert budgets.tolist() == [[2, 1, 1]]
+    selection = lyra_ops.select_tokens(scores, candidates, keep=budgets, segments=segments)
+    assert selection.index.tolist() == [[0, 1, 4, 6]]
+    # A full segment takes no more than it has, and nothing is kept of what nobody looks at.
+    assert policies.relevance_budgets(scores, candidates, segments, 0.75, 3).tolist() == [[2, 2, 1]]
+    assert policies.relevance_budgets(scores, candidates & (segments > 0), segments, 0.5, 3).tolist() == [[0, 2, 1]]
+    assert policies.relevance_budgets(scores * 0, candidates, segments, 0.5, 3).tolist() == [[0, 0, 0]]
+
+
+def left(schedule: dict[int, float]) -> list[float]:
+    """Shares of the original that a schedule leaves."""
+    return torch.tensor(list(schedule.values()), dtype=torch.float64).cumprod(0).tolist()
+
+
+def test_schedules():
+    layers = list(range(28))
+    sigmoid = policies.sigmoid_schedule(layers, 0.1, middle=14, width=2)
+    assert left(sigmoid)[14] == pytest.approx(0.55)
+    assert left(sigmoid)[0] > 0.99 and left(sigmoid)[27] == pytest.approx(0.1, rel=0.02)
+    assert all(0 <= share <= 1 for share in sigmoid.values())
+    blocks = policies.blockwise_schedule({4: 0.8, 12: 0.4, 20: 0.1}, drop_all_after=18)
+    assert blocks == {4: 0.8, 12: 0.5, 18: 0.0}
+    assert policies.blockwise_schedule({}, drop_all_after=3) == {3: 0.0}
+    with pytest.raises(ValueError, match="^left: got 0.9 after layer 5, expected shares from 0 to 1 that do not grow"):
+        policies.blockwise_schedule({4: 0.8, 5: 0.9})
+    with pytest.raises(ValueError, match="^left: got 1 shares, expected one for each of 2 layers"):
+        policies.pyramid_schedule([1, 2], [0.5])
