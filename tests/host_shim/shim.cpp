@@ -1,10 +1,12 @@
 // Small kernels that are right or wrong on purpose, to test the shim itself.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <string>
 #include <vector>
 
 #include "lyra/launch.h"
+#include "lyra/mma.h"
 
 namespace {
 
@@ -85,6 +87,32 @@ __global__ void read_shared(int*, int* out) {
   out[threadIdx.x] = fresh != fresh;
 }
 
+// One warp multiplies A (16, 16) by B (16, 8), both row by row, through shared memory.
+template <class T>
+__global__ void product(const float* a, const float* b, float* d, bool barrier) {
+  uint32_t* const a_tile = reinterpret_cast<uint32_t*>(lyra::dynamic_shared());
+  uint32_t* const b_tile = a_tile + 16 * 8;
+  const int lane = threadIdx.x, g = lane / 4, t = lane % 4;
+  for (int i = lane; i < 16 * 8; i += 32) lyra::exchange_store(a_tile + i, lyra::pack<T>(a[2 * i], a[2 * i + 1]));
+  for (int i = lane; i < 16 * 4; i += 32) lyra::exchange_store(b_tile + i, lyra::pack<T>(b[2 * i], b[2 * i + 1]));
+  if (barrier) __syncwarp();
+  uint32_t left[4], right[4];
+  lyra::ldmatrix_x4(left, a_tile + lane % 16 * 8 + lane / 16 * 4);
+  lyra::ldmatrix_x4_trans(right, b_tile + lane % 16 * 4);
+  float sum[4] = {};
+  lyra::mma_m16n8k16<T>(sum, left, right[0], right[1]);
+  for (int i = 0; i < 4; ++i) d[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = sum[i];
+}
+
+template <class T>
+std::vector<float> run_product(const std::vector<float>& a, const std::vector<float>& b, bool barrier) {
+  std::vector<float> d(16 * 8, NAN);
+  if (lyra::launch(product<T>, 1, 32, 16 * 12 * sizeof(uint32_t), nullptr, a.data(), b.data(), d.data(), barrier)) {
+    throw std::runtime_error("launch failed");
+  }
+  return d;
+}
+
 template <class... Extra>
 pybind11::list run(void (*kernel)(int*, int*, Extra...), Extra... extra) {
   std::vector<int> slots(kThreads), out(kThreads);
@@ -120,4 +148,7 @@ PYBIND11_MODULE(LYRA_MODULE, m) {
   m.def("nobody_writes", [] { return run(nobody_writes); });
   m.def("count", [] { return run(count); });
   m.def("read_shared", [] { return run(read_shared); });
+  m.def("product", [](const std::string& type, const std::vector<float>& a, const std::vector<float>& b, bool barrier) {
+    return type == "bfloat16" ? run_product<lyra::Bf16>(a, b, barrier) : run_product<lyra::Half>(a, b, barrier);
+  });
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 
 import pytest
+import torch
 
 THREADS = 96
 
@@ -69,3 +70,15 @@ def test_atomics(shim):
 
 def test_shared_memory_starts_as_nan(shim):
     assert shim.read_shared() == [1] * THREADS
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_product_of_a_warp(shim, dtype):
+    a, b = (torch.randn(16, n, generator=torch.Generator().manual_seed(n)) for n in (16, 8))
+    got = torch.tensor(shim.product(str(dtype)[6:], a.flatten().tolist(), b.flatten().tolist(), True)).view(16, 8)
+    torch.testing.assert_close(got, a.to(dtype).float() @ b.to(dtype).float())
+
+
+def test_a_product_of_what_others_have_not_written_yet_is_a_race(shim):
+    with pytest.raises(RuntimeError, match="race"):
+        shim.product("bfloat16", [1.0] * 256, [1.0] * 128, False)
