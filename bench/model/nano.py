@@ -3,13 +3,15 @@
 - eval: what `lyra eval` reports, with every reply, and the share of words heard by how often training held them.
 - size: word error rate of the vocabulary rows nearest to the speech tokens, after the align stage alone, against the
   number of training utterances; on texts never seen and, for comparison, on some of those learned from.
+- reading: the same of trained weights (--model), on texts never seen and on the training texts from --start on: a gap
+  between the two is a lack of data.
 - alignment: the same after as many steps with each loss of the align stage.
 - regularizer: the joint stage with and without the cross-modality regularizer, from one aligned projector; same
   seeds, same batches, same steps (the paper's table 3, on the scale of a laptop).
 - share: the part of a joint step that the regularizer takes, on the plain-torch reference and on the compiled kernel.
 
-All but eval need the training speech that `lyra train` puts into --cache. Word error rates of size and alignment are on
-the dev split, those of regularizer on the held-out phrases; half of either is spoken by a voice never trained on.
+All but eval need the training speech that `lyra train` puts into --cache. Word error rates of size, reading and
+alignment are on the dev split, those of regularizer on the held-out phrases; half of either is spoken by a voice never trained on.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from pathlib import Path
 
 import jiwer
 import torch
+from safetensors.torch import load_file
 
 from bench.__main__ import HERE, commit, device_name, slug
 from lyra_model import evaluate, nano
@@ -53,7 +56,7 @@ OFTEN = ((0, 0), (1, 2), (3, 5), (6, 20), (21, 100), (101, 1000), (1001, 10**9))
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.model.nano", description=__doc__.splitlines()[0])
     parser.add_argument("table", choices=TABLES)
-    parser.add_argument("--model", default="nano", help="of eval: nano, or a folder written by lyra train")
+    parser.add_argument("--model", default="nano", help="of eval and reading: nano, or a folder written by lyra train")
     parser.add_argument("--cache", type=Path, default=Path(".cache/speech"), help="default %(default)s")
     parser.add_argument("--start", type=int, default=0, help="place of the first training text, default %(default)s")
     parser.add_argument("--sizes", type=int, nargs="+", default=[500, 1000, 2000, 4000], help="default %(default)s")
@@ -133,6 +136,18 @@ def size(args: argparse.Namespace, base: Path, processor: LyraProcessor) -> list
     settings = Settings(start=args.start, align_steps=args.steps or 300)
     settings = dataclasses.replace(settings, align_batch=args.batch or settings.align_batch)
     return [aligned(args, base, processor, dataclasses.replace(settings, utterances=count)) for count in args.sizes]
+
+
+def reading(args: argparse.Namespace, base: Path, processor: LyraProcessor) -> list[dict]:
+    model = fresh(base)
+    folder = nano.TRAINED if args.model == "nano" else Path(args.model)
+    model.speech_projector.load_state_dict(load_file(folder / nano.PROJECTOR_FILE))
+    rows = []
+    for split, start in (("dev", 0), ("train", args.start)):
+        utterances = load_features(encode_folder(args.cache / split, model, processor), args.limit, start)
+        rows.append({"texts": split, "utterances": len(utterances), **nearest(model, processor, utterances)})
+        print(rows[-1])
+    return rows
 
 
 def alignment(args: argparse.Namespace, base: Path, processor: LyraProcessor) -> list[dict]:
@@ -277,7 +292,14 @@ def fresh(base: Path) -> LyraForConditionalGeneration:
     return model
 
 
-TABLES = {"eval": full, "size": size, "alignment": alignment, "regularizer": regularizer, "share": share}
+TABLES = {
+    "eval": full,
+    "size": size,
+    "reading": reading,
+    "alignment": alignment,
+    "regularizer": regularizer,
+    "share": share,
+}
 
 if __name__ == "__main__":
     main()
