@@ -3,15 +3,16 @@
 - eval: what `lyra eval` reports, with every reply, and the share of words heard by how often training held them.
 - size: word error rate of the vocabulary rows nearest to the speech tokens, after the align stage alone, against the
   number of training utterances; on texts never seen and, for comparison, on some of those learned from.
-- reading: the same of trained weights (--model), on texts never seen and on the training texts from --start on: a gap
-  between the two is a lack of data.
+- reading: the same of trained weights (--model), on texts never seen and on the training texts from --start on: only a
+  gap between the two speaks of too little data.
 - alignment: the same after as many steps with each loss of the align stage.
 - regularizer: the joint stage with and without the cross-modality regularizer, from one aligned projector; same
   seeds, same batches, same steps (the paper's table 3, on the scale of a laptop).
 - share: the part of a joint step that the regularizer takes, on the plain-torch reference and on the compiled kernel.
 
 All but eval need the training speech that `lyra train` puts into --cache. Word error rates of size, reading and
-alignment are on the dev split, those of regularizer on the held-out phrases; half of either is spoken by a voice never trained on.
+alignment are on the dev split, those of regularizer on the held-out phrases; half of either is spoken by a voice never
+trained on.
 """
 
 from __future__ import annotations
