@@ -5,12 +5,14 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
 #include "gather.cuh"
 #include "lyra/check.h"
 #include "lyra/stream.h"
+#include "scores.cuh"
 #include "select.cuh"
 
 namespace lyra {
@@ -36,6 +38,89 @@ const T* pointer(const std::optional<Tensor>& t) {
 // Back with torch's allocator when the caller returns, for later work of the same stream.
 Tensor new_workspace(int64_t bytes, const Tensor& as) {
   return torch::stable::new_empty(as, {bytes}, ScalarType::Byte);
+}
+
+// --- scores --------------------------------------------------------------------------------------------------------
+
+kernels::Operand operand(const Tensor& t) {
+  const int64_t item = static_cast<int64_t>(t.element_size());
+  // Of what the rows' addresses are made up; a stride of a dimension of one element is in none.
+  int64_t bytes = reinterpret_cast<intptr_t>(t.const_data_ptr()) | t.size(3) * item;
+  for (int64_t d = 0; d < 3; ++d) bytes |= t.size(d) > 1 ? t.stride(d) * item : 0;
+  const bool adjacent = t.size(3) == 1 || t.stride(3) == 1;
+  return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2), t.stride(3), adjacent && bytes % 16 == 0};
+}
+
+Tensor token_scores(const Tensor& query, const Tensor& key, const std::optional<Tensor>& query_mask,
+                    const std::optional<Tensor>& key_mask, const std::optional<Tensor>& key_limits,
+                    const std::optional<Tensor>& key_bias, const std::optional<Tensor>& head_weights, double scale,
+                    bool causal, const std::optional<Tensor>& given_lse, bool per_head,
+                    const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k) {
+  check_shape("query", query, {kAny, kAny, kAny, kAny});
+  const int64_t out_batch = query.size(0), heads = query.size(1), rows = query.size(2), dim = query.size(3);
+  check_shape("key", key, {out_batch, kAny, kAny, dim});
+  check_same_device("key", key, query);
+  const int64_t kv_heads = key.size(1), length = key.size(2);
+  const ScalarType type = query.scalar_type();
+  check(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16, "query: got dtype ",
+        torch::headeronly::toString(type), ", expected float32, float16 or bfloat16");
+  check_dtype("key", key, type);
+  check(kv_heads > 0 && heads > 0 && heads % kv_heads == 0, "query: got ", heads, " heads for ", kv_heads, " of key");
+  const int64_t most = kernels::kMaxWords * 4 / static_cast<int64_t>(query.element_size());
+  check(dim >= 1 && dim <= most, "query: got head dimension ", dim, ", expected 1 to ", most);
+  check(heads * rows < INT32_MAX && length < INT32_MAX, "query, key: got ", heads, " x ", rows, " rows and ", length,
+        " keys, expected fewer than 2^31 each");
+  const StreamGuard guard(query);
+  const auto cu_q = checked("cu_seqlens_q", cu_seqlens_q, {kAny}, ScalarType::Int, query);
+  const auto cu_k = checked("cu_seqlens_k", cu_seqlens_k, {kAny}, ScalarType::Int, query);
+  check(cu_q.has_value() == cu_k.has_value(), "cu_seqlens_q, cu_seqlens_k: expected both or neither");
+  check(!cu_q || (out_batch == 1 && cu_q->size(0) >= 1 && cu_q->size(0) == cu_k->size(0)),
+        "cu_seqlens_q, cu_seqlens_k: got ", out_batch, " rows, expected one, and two lists of one length");
+  const int64_t batch = cu_q ? cu_q->size(0) - 1 : out_batch;
+  const auto counted = checked("query_mask", query_mask, {out_batch, rows}, ScalarType::Bool, query);
+  const auto real = checked("key_mask", key_mask, {out_batch, length}, ScalarType::Bool, query);
+  const auto limits = checked("key_limits", key_limits, {out_batch, rows}, ScalarType::Int, query);
+  const auto bias = checked("key_bias", key_bias, {out_batch, length}, ScalarType::Float, query);
+  const auto weights = checked("head_weights", head_weights, {batch, heads}, ScalarType::Float, query);
+  std::optional<Tensor> lse;
+  if (given_lse) {
+    const Tensor exact = torch::stable::to(*given_lse, ScalarType::Double);
+    lse = checked("lse", exact, {out_batch, heads, rows}, ScalarType::Double, query);
+  }
+
+  kernels::Problem p{batch,
+                     heads,
+                     kv_heads,
+                     rows,
+                     length,
+                     dim,
+                     operand(query),
+                     operand(key),
+                     pointer<int32_t>(cu_q),
+                     pointer<int32_t>(cu_k),
+                     pointer<bool>(counted),
+                     pointer<bool>(real),
+                     pointer<int32_t>(limits),
+                     pointer<float>(bias),
+                     pointer<float>(weights),
+                     pointer<double>(lse),
+                     static_cast<float>(scale),
+                     causal,
+                     per_head,
+                     nullptr};
+  Tensor planes = torch::stable::new_zeros(query, {out_batch, p.n_planes(), length}, ScalarType::Float);
+  p.planes = planes.mutable_data_ptr<float>();
+  Tensor workspace = new_workspace(kernels::Workspace().place(p, nullptr), query);
+  const auto go = [&]<typename T>(T) {
+    check_cuda(kernels::score_planes<T>(p, workspace.mutable_data_ptr(), guard.stream()), "token_select_scores");
+  };
+  type == ScalarType::Float ? go(float{}) : type == ScalarType::Half ? go(Half{}) : go(Bf16{});
+  if (per_head) return planes;
+  Tensor scores = torch::stable::new_empty(planes, {out_batch, length});
+  check_cuda(kernels::sum_planes(p.planes, p.n_planes(), length, scores.numel(), scores.mutable_data_ptr<float>(),
+                                 guard.stream()),
+             "token_select_scores");
+  return scores;
 }
 
 // --- select --------------------------------------------------------------------------------------------------------
@@ -199,10 +284,30 @@ std::vector<Tensor> gather_tokens(const std::vector<Tensor>& tensors, const Tens
   return results;
 }
 
+// --- all three -----------------------------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> extract_tokens(
+    const Tensor& query, const Tensor& key, const Tensor& candidates, const std::vector<Tensor>& tensors,
+    const std::optional<Tensor>& query_mask, const std::optional<Tensor>& key_mask,
+    const std::optional<Tensor>& key_limits, const std::optional<Tensor>& key_bias,
+    const std::optional<Tensor>& head_weights, double scale, bool causal, const std::optional<Tensor>& lse,
+    const std::optional<Tensor>& segments, const std::optional<Tensor>& keep, std::optional<double> share,
+    std::optional<int64_t> count, int64_t min_keep, int64_t capacity, int64_t layout, std::vector<bool> planes,
+    std::vector<double> fill) {
+  const Tensor scores = token_scores(query, key, query_mask, key_mask, key_limits, key_bias, head_weights, scale,
+                                     causal, lse, false, std::nullopt, std::nullopt);
+  const auto [index, lengths, inverse] = select_tokens(scores, candidates, key_mask, segments, keep, share, count,
+                                                       min_keep, capacity, layout, std::nullopt);
+  const auto outputs = gather_tokens(tensors, index, planes, fill, layout == kernels::kPacked);
+  return {scores, index, lengths, inverse, outputs};
+}
+
 }  // namespace
 }  // namespace lyra
 
 STABLE_TORCH_LIBRARY_IMPL(lyra, CUDA, m) {
+  m.impl("token_select_scores", TORCH_BOX(&lyra::token_scores));
   m.impl("token_select_select", TORCH_BOX(&lyra::select_tokens));
   m.impl("token_select_gather", TORCH_BOX(&lyra::gather_tokens));
+  m.impl("token_select_extract", TORCH_BOX(&lyra::extract_tokens));
 }

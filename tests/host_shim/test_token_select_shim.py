@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -272,7 +273,7 @@ def test_there_are_barriers_to_take_out() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("header", "name"), MUTANTS)
 def test_every_barrier_is_needed(build, tmp_path: Path, header: str, name: str) -> None:
-    (tmp_path / "token_select").mkdir()
+    shutil.copytree(CSRC, tmp_path / "token_select")
     (tmp_path / "token_select" / header).write_text(mutants(header)[name])
     mutant = build("token_select.cpp", first=tmp_path)
     with pytest.raises((AssertionError, RuntimeError)):

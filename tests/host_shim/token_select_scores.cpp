@@ -1,0 +1,83 @@
+// The scoring kernels of csrc/token_select/scores.cuh, run on the CPU by lyra/host_cuda.h, as a Python module.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <optional>
+#include <vector>
+
+#include "token_select/scores.cuh"
+
+namespace py = pybind11;
+using namespace lyra::token_select;
+
+namespace {
+
+template <class T>
+using Maybe = std::optional<py::array_t<T, py::array::c_style>>;
+using Strides = std::array<int64_t, 4>;
+
+template <class T>
+const T* pointer(const Maybe<T>& array) {
+  return array ? array->data() : nullptr;
+}
+
+void check(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error("launch failed");
+}
+
+// query and key by address, sizes (B, Hq, Hkv, Lq, L, D) and strides in elements. Returns the planes (B, P, L) and
+// their sum.
+py::tuple run(const std::string& dtype, std::array<int64_t, 6> sizes, int64_t query, Strides q, int64_t key, Strides k,
+              bool vectors, Maybe<bool> query_mask, Maybe<bool> key_mask, Maybe<int32_t> key_limits,
+              Maybe<float> key_bias, Maybe<float> head_weights, Maybe<double> lse, float scale, bool causal,
+              bool per_head, Maybe<int32_t> cu_q, Maybe<int32_t> cu_k) {
+  const auto [batch, heads, kv_heads, rows, keys, dim] = sizes;
+  Problem p{batch,
+            heads,
+            kv_heads,
+            rows,
+            keys,
+            dim,
+            {reinterpret_cast<const void*>(query), q[0], q[1], q[2], q[3], vectors},
+            {reinterpret_cast<const void*>(key), k[0], k[1], k[2], k[3], vectors},
+            pointer(cu_q),
+            pointer(cu_k),
+            pointer(query_mask),
+            pointer(key_mask),
+            pointer(key_limits),
+            pointer(key_bias),
+            pointer(head_weights),
+            pointer(lse),
+            scale,
+            causal,
+            per_head,
+            nullptr};
+  const int64_t out_batch = cu_q ? 1 : batch;
+  py::array_t<float> planes({out_batch, p.n_planes(), keys}), scores({out_batch, keys});
+  std::fill_n(planes.mutable_data(), planes.size(), 0.0f);
+  std::fill_n(scores.mutable_data(), scores.size(), NAN);
+  p.planes = planes.mutable_data();
+  std::vector<char> memory(static_cast<size_t>(Workspace().place(p, nullptr)) + 16, 0x7f);
+  void* workspace = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.data()) + 15) & ~uintptr_t{15});
+  check(dtype == "float32"    ? score_planes<float>(p, workspace, nullptr)
+        : dtype == "bfloat16" ? score_planes<lyra::Bf16>(p, workspace, nullptr)
+                              : score_planes<lyra::Half>(p, workspace, nullptr));
+  check(sum_planes(p.planes, p.n_planes(), keys, scores.size(), scores.mutable_data(), nullptr));
+  return py::make_tuple(planes, scores);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(LYRA_MODULE, m) {
+  m.def("run", &run);
+  m.def("configure", [](const std::string& order, unsigned seed) {
+    auto& settings = lyra::host::settings();
+    settings.order = order == "forward"   ? lyra::host::kForward
+                     : order == "reverse" ? lyra::host::kReverse
+                                          : lyra::host::kShuffled;
+    settings.seed = seed;
+  });
+  m.attr("SPLIT_KEYS") = kSplitKeys;
+}
