@@ -39,6 +39,7 @@ def why_not(query: Tensor) -> str | None:
     return None
 
 
+@torch.library.custom_op("lyra::token_select_scores_triton", mutates_args=())
 def token_scores(
     query: Tensor,
     key: Tensor,
@@ -52,7 +53,10 @@ def token_scores(
     lse: Tensor | None,
     per_head: bool,
 ) -> Tensor:
-    """Scores (B, L) float32, or (B, Hq, L); arguments as those of lyra::token_select_scores, padded."""
+    """Scores (B, L) float32, or (B, Hq, L); arguments as those of lyra::token_select_scores, padded.
+
+    An op of its own, so that torch.compile need not look inside.
+    """
     batch, heads, rows, dim = query.shape
     kv_heads, length = key.shape[1:3]
     outputs = heads if per_head else 1
@@ -89,7 +93,13 @@ def token_scores(
         _shares_kernel[triton.cdiv(length, KEYS), outputs, batch](
             scores, base, factor, query, key, *lists, bias, *strides, *shape, has_bias, PER_HEAD=per_head, **tiles
         )
-    return scores if per_head else scores[:, 0]
+    return scores if per_head else scores.view(batch, length)
+
+
+@token_scores.register_fake
+def _(query, key, query_mask, key_mask, key_limits, key_bias, head_weights, scale, causal, lse, per_head):
+    heads = (query.shape[1],) if per_head else ()
+    return query.new_empty((query.shape[0], *heads, key.shape[2]), dtype=torch.float32)
 
 
 def _lists(
