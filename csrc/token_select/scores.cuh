@@ -25,22 +25,23 @@
 // FLOPs: 4 Lq Hq L D, half of it with lse; bytes: K read twice, 2 L Hkv D 2, parts and planes about 60 Hkv L / 4.
 // Floor, H100 (3.0 TB/s, 800 TFLOP/s), 28/4 heads, D = 128, Lq = 64, L = 131072: 2 x 75 us by products, 2 x 63 us by
 // exp2 (16 per clock and SM), 2 x 45 us by K. This path cannot reach it: mma.sync gives about 60 % of that rate and
-// loads do not overlap products within a block. Estimated, not yet timed: 350 us, 175 us with lse; L = 576 15 us.
-// Launches: 4, 3 with lse, one more to survey, one to add up the planes.
+// loads do not overlap products within a block;
+// the loop over 16 streamed rows takes 169 instructions (sm_90a) for 32 products and 512 scores. Estimated, not yet
+// timed: 350 us, 175 us with lse; L = 576 15 us. Launches: 4, 3 with lse, one more to survey, one to add up the planes.
 //
 // Registers per thread, at most, spills none (tests/test_compile_budget.py reads these lines):
-//   budget sm_80: norms_kernel<lyra::Bf16, 32> 168, shares_kernel<lyra::Bf16, 32> 168
+//   budget sm_80: norms_kernel<lyra::Bf16, 32> 128, shares_kernel<lyra::Bf16, 32> 128
 //   budget sm_80: norms_kernel<lyra::Bf16, 64> 168, shares_kernel<lyra::Bf16, 64> 168
-//   budget sm_80: norms_kernel<lyra::Bf16, 128> 168, shares_kernel<lyra::Bf16, 128> 168
+//   budget sm_80: norms_kernel<lyra::Bf16, 128> 128, shares_kernel<lyra::Bf16, 128> 128
 //   budget sm_80: norms_kernel<lyra::Half, 64> 168, shares_kernel<lyra::Half, 64> 168
-//   budget sm_80: norms_kernel<float, 64> 168, shares_kernel<float, 64> 168
+//   budget sm_80: norms_kernel<float, 64> 248, shares_kernel<float, 64> 248
 //   budget sm_80: norms_kernel<float, 128> 168, shares_kernel<float, 128> 168
 //   budget sm_80: survey_kernel 64, merge_kernel 64, sum_kernel 32
-//   budget sm_90a: norms_kernel<lyra::Bf16, 32> 168, shares_kernel<lyra::Bf16, 32> 168
+//   budget sm_90a: norms_kernel<lyra::Bf16, 32> 128, shares_kernel<lyra::Bf16, 32> 128
 //   budget sm_90a: norms_kernel<lyra::Bf16, 64> 168, shares_kernel<lyra::Bf16, 64> 168
-//   budget sm_90a: norms_kernel<lyra::Bf16, 128> 168, shares_kernel<lyra::Bf16, 128> 168
+//   budget sm_90a: norms_kernel<lyra::Bf16, 128> 128, shares_kernel<lyra::Bf16, 128> 128
 //   budget sm_90a: norms_kernel<lyra::Half, 64> 168, shares_kernel<lyra::Half, 64> 168
-//   budget sm_90a: norms_kernel<float, 64> 168, shares_kernel<float, 64> 168
+//   budget sm_90a: norms_kernel<float, 64> 248, shares_kernel<float, 64> 248
 //   budget sm_90a: norms_kernel<float, 128> 168, shares_kernel<float, 128> 168
 //   budget sm_90a: survey_kernel 64, merge_kernel 64, sum_kernel 32
 #pragma once
@@ -58,7 +59,7 @@ constexpr int kThreads = kWarps * kLanes;
 constexpr int kTile = 64;         // streamed rows at a time
 constexpr int kSplitKeys = 512;   // keys of a block of the first pass
 constexpr int kMaxRowBlocks = 8;  // blocks that share the rows of one key head
-constexpr int kSurveyThreads = 1024;
+constexpr int kSurveyThreads = 512;
 constexpr int kSurveyTokens = 16;  // side by side, per thread
 constexpr int kMaxWords = 128;     // of 32 bits, in a row of an operand
 constexpr double kLog2e = 1.4426950408889634;
@@ -707,7 +708,9 @@ cudaError_t score_planes(const Problem& p, void* workspace, cudaStream_t stream)
   Workspace w;
   w.place(p, static_cast<char*>(workspace));
   const int64_t words = (p.dim + kPerWord<T> - 1) / kPerWord<T>;
-  if (words <= 32 && kPerWord<T> == 2) return run_scores<T, 32>(p, w, stream);
+  if constexpr (kPerWord<T> == 2) {
+    if (words <= 32) return run_scores<T, 32>(p, w, stream);
+  }
   if (words <= 64) return run_scores<T, 64>(p, w, stream);
   if (words <= kMaxWords) return run_scores<T, kMaxWords>(p, w, stream);
   return cudaErrorInvalidValue;
