@@ -36,9 +36,17 @@
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lyra, m) {
   m.def(
-      "soft_dtw_forward(Tensor cost, Tensor x_lengths, Tensor y_lengths, float gamma, int band)"
-      " -> (Tensor value, Tensor probs)");
-  m.def("soft_dtw_backward(Tensor grad_value, Tensor probs, Tensor x_lengths, Tensor y_lengths, int band) -> Tensor");
+      "soft_dtw_forward(Tensor cost, Tensor x_lengths, Tensor y_lengths, float gamma, Tensor? gammas, int band,"
+      " Tensor? low, Tensor? high, Tensor? drop, int store) -> (Tensor value, Tensor probs)");
+  m.def(
+      "soft_dtw_backward(Tensor grad_value, Tensor value, Tensor probs, Tensor x_lengths, Tensor y_lengths, int rows,"
+      " int columns, int band, Tensor? low, Tensor? high, bool dropping, bool hard, bool with_entropy)"
+      " -> (Tensor grad_cost, Tensor grad_drop, Tensor entropy)");
+  m.def(
+      "soft_dtw_curvature(Tensor grad_value, Tensor value, Tensor probs, Tensor x_lengths, Tensor y_lengths,"
+      " float gamma, Tensor? gammas, int band, Tensor? low, Tensor? high, bool dropping, Tensor along,"
+      " Tensor? along_drop, Tensor? along_gamma)"
+      " -> (Tensor slope, Tensor grad_cost, Tensor grad_drop, Tensor grad_gamma)");
 }
 
 namespace lyra {

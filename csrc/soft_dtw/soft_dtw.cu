@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cmath>
+#include <optional>
 #include <tuple>
 
 #include "lyra/check.h"
@@ -46,10 +47,17 @@ Tensor new_workspace(const kernels::Problem& problem, const Tensor& as) {
   return torch::stable::new_empty(as, {kernels::workspace_bytes(problem) / element});
 }
 
+// What the kernels do not serve yet. The public functions know, and send such calls elsewhere.
+void refuse(const char* name, bool given) { check(!given, name, ": the CUDA kernels do not serve it"); }
+
 std::tuple<Tensor, Tensor> forward(const Tensor& given, const Tensor& x_lengths, const Tensor& y_lengths, double gamma,
-                                   int64_t band) {
+                                   const std::optional<Tensor>& gammas, int64_t band, const std::optional<Tensor>& low,
+                                   const std::optional<Tensor>& high, const std::optional<Tensor>& drop, int64_t) {
   check_shape("cost", given, {kAny, kAny, kAny});
   check_float("cost", given);
+  refuse("gammas", gammas.has_value());
+  refuse("low, high", low.has_value() || high.has_value());
+  refuse("drop", drop.has_value());
   check(gamma > 0 && std::isfinite(gamma) && std::isfinite(1.5 / gamma), "gamma: got ", gamma,
         ", expected a number > 0");
   const StreamGuard guard(given);
@@ -68,9 +76,17 @@ std::tuple<Tensor, Tensor> forward(const Tensor& given, const Tensor& x_lengths,
   return {value, probs};
 }
 
-Tensor backward(const Tensor& grad_value, const Tensor& probs, const Tensor& x_lengths, const Tensor& y_lengths,
-                int64_t band) {
-  check_shape("probs", probs, {kAny, kAny, kAny, 2});
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_value, const Tensor& value, const Tensor& probs,
+                                            const Tensor& x_lengths, const Tensor& y_lengths, int64_t rows,
+                                            int64_t columns, int64_t band, const std::optional<Tensor>& low,
+                                            const std::optional<Tensor>& high, bool dropping, bool hard,
+                                            bool with_entropy) {
+  check_shape("probs", probs, {kAny, rows, columns, 2});
+  check_shape("value", value, {probs.size(0)});
+  refuse("low, high", low.has_value() || high.has_value());
+  refuse("dropping", dropping);
+  refuse("hard", hard);
+  refuse("with_entropy", with_entropy);
   check_float("probs", probs);
   check_contiguous("probs", probs);
   check_shape("grad_value", grad_value, {probs.size(0)});
@@ -87,7 +103,7 @@ Tensor backward(const Tensor& grad_value, const Tensor& probs, const Tensor& x_l
         "soft_dtw_backward");
   };
   probs.scalar_type() == ScalarType::Float ? go(float{}) : go(double{});
-  return grad_cost;
+  return {grad_cost, torch::stable::new_empty(probs, {0}), torch::stable::new_empty(probs, {0})};
 }
 
 }  // namespace
