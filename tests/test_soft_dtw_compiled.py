@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from soft_dtw_oracles import COMPILED, device_of, looped, poisoned, ragged, random
+from soft_dtw_oracles import COMPILED, assert_gradient_close, device_of, looped, poisoned, ragged, random
 from torch import Tensor
 
 import lyra_ops
@@ -16,8 +16,19 @@ from lyra_ops import soft_dtw, soft_dtw_from_cost
 from lyra_ops.soft_dtw import reference
 from lyra_ops.testing import assert_within_reference_error
 
-forward = torch.ops.lyra.soft_dtw_forward
-backward = torch.ops.lyra.soft_dtw_backward
+STORE = {torch.float32: 16, torch.float64: 64}
+
+
+def forward(cost: Tensor, *lengths: Tensor, gamma: float = 1.0, band: int = -1, drop: Tensor | None = None) -> tuple:
+    return torch.ops.lyra.soft_dtw_forward(
+        cost, *lengths, gamma, None, band, None, None, drop, STORE.get(cost.dtype, 16)
+    )
+
+
+def backward(grad_value: Tensor, value: Tensor, probs: Tensor, *lengths: Tensor, shape, band: int = -1, drop=False):
+    return torch.ops.lyra.soft_dtw_backward(
+        grad_value, value, probs, *lengths, *shape, band, None, None, drop, False, False
+    )
 
 
 def squared_distances(batch: int, rows: int, columns: int, dim: int = 64) -> Tensor:
@@ -69,16 +80,17 @@ STRESS = [
 
 @pytest.mark.parametrize("backend", COMPILED)
 @pytest.mark.parametrize(("make", "shape", "gamma", "band"), STRESS)
-def test_float32_error_is_that_of_plain_torch(make, shape, gamma: float, band: int | None, backend: str) -> None:
+def test_float32_value_is_as_right_as_plain_torch(make, shape, gamma: float, band: int | None, backend: str) -> None:
     lengths = ragged(*shape)
     cost = poisoned(make(*shape).float(), *lengths)  # rounded first: all three compute the same pair
     exact = value_and_gradient(cost.double(), *lengths, gamma=gamma, band=band, backend="reference")
     plain = value_and_gradient(cost, *lengths, gamma=gamma, band=band, backend="reference")
     on = [t.to(device_of(backend)) for t in (cost, *lengths)]
-    got = value_and_gradient(*on, gamma=gamma, band=band, backend=backend)
-    for name, *results in zip(("value", "gradient"), got, plain, exact):
-        assert_within_reference_error(*results, name=name)
-    assert (got[1].cpu()[cost.isnan()] == 0).all()
+    for bits in (16, 8):
+        got = value_and_gradient(*on, gamma=gamma, band=band, bits=bits, backend=backend)
+        assert_within_reference_error(got[0], plain[0], exact[0], name="value")
+        assert_gradient_close(got[1], exact[1], bits)
+        assert (got[1].cpu()[cost.isnan()] == 0).all()
 
 
 @pytest.mark.parametrize("backend", COMPILED)
@@ -108,8 +120,9 @@ def test_gamma_per_pair_is_as_right_as_plain_torch(make, shape, gamma, band, bac
     plain = value_and_gradients(cost, gammas, *lengths, band=band, backend="reference")
     on = [t.to(device_of(backend)) for t in (cost, gammas, *lengths)]
     got = value_and_gradients(*on, band=band, backend=backend)
-    for name, *results in zip(("value", "gradient", "gradient in gamma"), got, plain, exact):
-        assert_within_reference_error(*results, name=name)
+    assert_within_reference_error(got[0], plain[0], exact[0], name="value")
+    assert_gradient_close(got[1], exact[1])
+    assert (got[2].cpu() - exact[2]).norm() <= 1e-2 * exact[2].norm() + 1e-6  # the entropy of rounded shares
 
 
 @pytest.mark.parametrize("backend", COMPILED)
@@ -124,15 +137,6 @@ def test_gamma_of_a_pair_without_a_path_and_of_one_with_nan(backend: str) -> Non
     assert slope[1].isnan()
     assert gradient[2].isfinite().all()
     assert slope[2] < 0
-
-
-@pytest.mark.parametrize("backend", COMPILED)
-def test_second_derivative_in_gamma_says_what_to_do(backend: str) -> None:
-    cost, gamma = random(1, 4, 3).to(device_of(backend)), torch.ones(1, device=device_of(backend)).requires_grad_()
-    value = soft_dtw_from_cost(cost, gamma=gamma, backend=backend)
-    (slope,) = torch.autograd.grad(value.sum(), gamma, create_graph=True)
-    with pytest.raises(NotImplementedError, match="backend='reference'"):
-        slope.sum().backward()
 
 
 @pytest.mark.parametrize("backend", COMPILED)
@@ -180,24 +184,42 @@ bands = st.one_of(st.none(), st.integers(0, 20))
 many = settings(max_examples=40, deadline=None, derandomize=True)
 
 
-@pytest.mark.parametrize("backend", COMPILED)
 @given(pair=pairs, dtype=dtypes, band=bands)
 @many
-def test_every_path_crosses_every_antidiagonal_cut_once(backend: str, pair, dtype, band) -> None:
+def test_every_path_crosses_every_antidiagonal_cut_once(pair, dtype, band) -> None:
     """E of a diagonal, plus what steps diagonally over it, is all the mass there is; and there is none below zero."""
     n, m, seed, gamma = pair
-    cost = random(1, n, m, seed=seed, dtype=dtype).square().to(device_of(backend))
-    lengths = torch.tensor([n], device=cost.device), torch.tensor([m], device=cost.device)
-    band = -1 if band is None else band
-    value, probs = forward(cost, *lengths, gamma, band)
-    expected = backward(torch.ones_like(value), probs, *lengths, band)[0].cpu().double()
-    stepping = expected * probs[0, ..., 0].cpu().double()
+    cost = random(1, n, m, seed=seed, dtype=dtype).square()
+    lengths = torch.tensor([n]), torch.tensor([m])
+    value, probs = forward(cost, *lengths, gamma=gamma, band=-1 if band is None else band)
+    expected = backward(
+        torch.ones_like(value), value, probs, *lengths, shape=(n, m), band=-1 if band is None else band
+    )[0][0].double()
+    stepping = expected * diagonal_shares(probs[0], reference.inside_band(*lengths, n, m, band)[0], dtype)
     i, j = torch.meshgrid(torch.arange(n), torch.arange(m), indexing="ij")
     for k in range(n + m - 1):
         mass = expected[i + j == k].sum() + stepping[i + j == k + 1].sum()
         assert mass.item() == pytest.approx(1, abs=8 * (n + m) * torch.finfo(dtype).eps)
     assert (expected >= 0).all()
-    assert (probs >= 0).all() and ((1 - probs[..., 0]) - probs[..., 1] >= 0).all()
+
+
+def diagonal_shares(record: Tensor, inside: Tensor, dtype: torch.dtype) -> Tensor:
+    """(n, m) from the records of the CPU kernel, laid out as csrc/soft_dtw/stripes.h says."""
+    lanes, skew, size = 8, 2, 16 if dtype == torch.float64 else 4
+    shares, at = torch.zeros(inside.shape, dtype=torch.float64), 0
+    for row in range(0, len(inside), lanes):
+        stripe = inside[row : row + lanes]
+        steps = stripe.nonzero() @ torch.tensor([skew, 1])  # of the lanes' cells
+        count = int(steps.max() - steps.min()) + 1
+        words = record[at : at + count * lanes * size].view(count, lanes * size)
+        if dtype == torch.float64:
+            found = words[:, : lanes * 8].contiguous().view(torch.float64)
+        else:
+            found = (words.contiguous().view(torch.int32) & 65535).double() / 65535
+        lane, column = stripe.nonzero().T
+        shares[row + lane, column] = found[steps - steps.min(), lane]
+        at += count * lanes * size
+    return shares
 
 
 @pytest.mark.parametrize("backend", COMPILED)
@@ -250,9 +272,7 @@ def test_value_is_the_same_transposed(backend: str, pair, dtype) -> None:
 def test_alignment_turns_with_the_cost(turn, backend: str) -> None:
     cost = squared_distances(2, 60, 41).float()
     exact = lyra_ops.soft_dtw_alignment(cost.double(), backend="reference")
-    plain = lyra_ops.soft_dtw_alignment(cost, backend="reference")
-    got = turn(lyra_ops.soft_dtw_alignment(turn(cost).to(device_of(backend)), backend=backend))
-    assert_within_reference_error(got, plain, exact)
+    assert_gradient_close(turn(lyra_ops.soft_dtw_alignment(turn(cost).to(device_of(backend)), backend=backend)), exact)
 
 
 @pytest.mark.parametrize("backend", COMPILED)
@@ -278,17 +298,22 @@ def test_threads_change_nothing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
-@pytest.mark.parametrize("backend", COMPILED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("band", [-1, 2])
-def test_opcheck(dtype: torch.dtype, band: int, backend: str) -> None:
-    device = device_of(backend)
-    lengths = [t.to(device) for t in ragged(3, 6, 5)]
-    for cost in (random(3, 6, 5).to(device, dtype), random(3, 5, 12).to(device, dtype)[:, :, ::2].mT):
-        torch.library.opcheck(forward, (cost, *lengths, 0.5, band))
-        value, probs = forward(cost, *lengths, 0.5, band)
+@pytest.mark.parametrize("options", ["plain", "band", "everything"])
+def test_opcheck(dtype: torch.dtype, options: str) -> None:
+    lengths, store = ragged(3, 6, 5), STORE[dtype]
+    gammas, band, low, high, drop = None, 2 if options == "band" else -1, None, None, None
+    if options == "everything":
+        gammas, drop = torch.rand(3) + 0.5, random(3, 6).to(dtype)
+        low, high = torch.zeros(3, 6, dtype=torch.int64), torch.full((3, 6), 4)
+    for cost in (random(3, 6, 5).to(dtype), random(3, 5, 12).to(dtype)[:, :, ::2].mT):
+        for stored in (0, store):
+            arguments = (cost, *lengths, 0.5, gammas, band, low, high, drop, stored)
+            torch.library.opcheck(torch.ops.lyra.soft_dtw_forward, arguments)
+        value, probs = torch.ops.lyra.soft_dtw_forward(*arguments)
         for grad in (torch.ones_like(value), value.new_ones(()).expand(3)):
-            torch.library.opcheck(backward, (grad, probs, *lengths, band))
+            rest = (*lengths, 6, 5, band, low, high, drop is not None, False, gammas is not None)
+            torch.library.opcheck(torch.ops.lyra.soft_dtw_backward, (grad, value, probs, *rest))
 
 
 @pytest.mark.parametrize("backend", COMPILED)
@@ -330,10 +355,10 @@ def test_fake_tensors_keep_device_dtype_and_shape(device: str) -> None:
     with torch._subclasses.FakeTensorMode():
         cost = torch.empty(3, 6, 5, device=device, dtype=torch.float64)
         lengths = torch.empty(3, dtype=torch.int64, device=device)
-        value, probs = forward(cost, lengths, lengths, 0.5, -1)
-        gradient = backward(value, probs, lengths, lengths, -1)
-    assert (value.shape, probs.shape, gradient.shape) == ((3,), (3, 6, 5, 2), (3, 6, 5))
-    assert {(t.device.type, t.dtype) for t in (value, probs, gradient)} == {(device, torch.float64)}
+        value, probs = forward(cost, lengths, lengths)
+        gradient = backward(value, value, probs, lengths, lengths, shape=(6, 5))[0]
+    assert (value.shape, gradient.shape) == ((3,), (3, 6, 5))
+    assert {(t.device.type, t.dtype) for t in (value, gradient)} == {(device, torch.float64)}
 
 
 @pytest.mark.parametrize("backend", COMPILED)
@@ -341,8 +366,8 @@ def test_the_raw_ops_survive_any_length(backend: str) -> None:
     cost = random(6, 5, 4).to(device_of(backend))
     x_lengths = torch.tensor([5, 0, 6, 3, -(2**62), 5], device=cost.device)
     y_lengths = torch.tensor([4, 4, 4, 2**62, 4, 0], device=cost.device)
-    value, probs = forward(cost, x_lengths, y_lengths, 1.0, -1)
-    gradient = backward(torch.ones_like(value), probs, x_lengths, y_lengths, -1)
+    value, probs = forward(cost, x_lengths, y_lengths)
+    gradient = backward(torch.ones_like(value), value, probs, x_lengths, y_lengths, shape=(5, 4))[0]
     assert value.isnan().tolist() == [False, True, True, True, True, True]
     assert gradient.isnan().all(dim=(1, 2)).tolist() == [False, True, True, True, True, True]
     assert torch.equal(value[:1], soft_dtw_from_cost(cost[:1], backend=backend))
@@ -355,17 +380,25 @@ def test_the_raw_ops_survive_any_length(backend: str) -> None:
         ({"cost": torch.zeros(2, 3, 4, dtype=torch.int64)}, "cost: got dtype"),
         ({"x_lengths": torch.ones(3, dtype=torch.int64)}, "x_lengths: got shape"),
         ({"y_lengths": torch.ones(2)}, "y_lengths: got dtype"),
-        ({"gamma": 0.0}, "gamma: got 0"),
+        ({"gamma": -1.0}, "gamma: got -1"),
         ({"gamma": math.nan}, "gamma: got nan"),
         ({"gamma": 1e-320}, "gamma: got"),
+        ({"gammas": torch.ones(3)}, "gammas: got shape"),
+        ({"gammas": torch.ones(2, dtype=torch.int64)}, "gammas: got dtype"),
         ({"band": -2}, "band: got -2"),
+        ({"low": torch.zeros(2, 3, dtype=torch.int64)}, "low, high: got one of them"),
+        ({"low": torch.zeros(2, 3), "high": torch.zeros(2, 3)}, "low: got dtype"),
+        ({"drop": torch.zeros(2, 4)}, "drop: got shape"),
+        ({"drop": torch.zeros(2, 3, dtype=torch.float64)}, "drop: got dtype"),
+        ({"store": 64}, "store: got 64"),
     ],
 )
 def test_the_raw_forward_op_refuses(change, message: str) -> None:
     ones = torch.ones(2, dtype=torch.int64)
-    arguments = {"cost": torch.zeros(2, 3, 4), "x_lengths": ones, "y_lengths": ones, "gamma": 1.0, "band": -1}
+    arguments = {"cost": torch.zeros(2, 3, 4), "x_lengths": ones, "y_lengths": ones, "gamma": 1.0, "gammas": None}
+    arguments |= {"band": -1, "low": None, "high": None, "drop": None, "store": 16}
     with pytest.raises(RuntimeError, match=message):
-        forward(**{**arguments, **change})
+        torch.ops.lyra.soft_dtw_forward(**{**arguments, **change})
 
 
 @pytest.mark.parametrize(
@@ -373,13 +406,19 @@ def test_the_raw_forward_op_refuses(change, message: str) -> None:
     [
         ({"grad_value": torch.zeros(3)}, "grad_value: got shape"),
         ({"grad_value": torch.zeros(2, dtype=torch.float64)}, "grad_value: got dtype"),
-        ({"probs": torch.zeros(2, 3, 4)}, "probs: got shape"),
-        ({"probs": torch.zeros(2, 3, 2, 4).mT}, "probs: got strided memory"),
+        ({"value": torch.zeros(2, 1)}, "value: got shape"),
+        ({"probs": torch.zeros(2, 3, 4)}, "probs: got dtype"),
+        ({"probs": torch.zeros(2, 3, dtype=torch.uint8)}, "probs: got shape"),
+        ({"rows": 30}, "probs: got shape"),
+        ({"rows": -1}, "rows, columns: got -1"),
         ({"x_lengths": torch.ones(3, dtype=torch.int64)}, "x_lengths: got shape"),
     ],
 )
 def test_the_raw_backward_op_refuses(change, message: str) -> None:
     ones = torch.ones(2, dtype=torch.int64)
-    arguments = {"grad_value": torch.zeros(2), "probs": torch.zeros(2, 3, 4, 2), "x_lengths": ones, "y_lengths": ones}
+    value, probs = forward(torch.zeros(2, 3, 4), ones, ones)
+    arguments = {"grad_value": torch.zeros(2), "value": value, "probs": probs, "x_lengths": ones, "y_lengths": ones}
+    arguments |= {"rows": 3, "columns": 4, "band": -1, "low": None, "high": None}
+    arguments |= {"dropping": False, "hard": False, "with_entropy": False}
     with pytest.raises(RuntimeError, match=message):
-        backward(**{**arguments, "band": -1, **change})
+        torch.ops.lyra.soft_dtw_backward(**{**arguments, **change})

@@ -1,38 +1,41 @@
-// Soft-DTW: the schema of the raw ops, and their CPU implementation.
+// Soft-DTW: the schema of the raw ops, and their CPU implementation; the sweeps themselves are in stripes.h.
 //
-// Forward.  With Z = exp(-R / gamma) the recursion R_ij = C_ij + softmin_gamma(R of the three predecessors) is linear:
+// Forward.  M_ij = C_ij + softmin_gamma(A_{i-1,j-1}, A_{i-1,j}, M_{i,j-1}), A_ij = M_ij or, with prices for dropped
+// rows, softmin_gamma(M_ij, A_{i-1,j} + drop_i), A_{-1,-1} = 0, A_{i,-1} = drop_0 + .. + drop_i, value = A_{n-1,m-1}.
+// With Z = exp(-R / gamma) the recursion is linear,
 //     Z_ij = W_ij (Z_{i-1,j-1} + Z_{i-1,j} + Z_{i,j-1}),   W = exp(-C / gamma),   value = -gamma log Z_{n-1,m-1}.
 // Z leaves any float's range within a few cells, so it is kept as mantissa in [1, 2) times 2^exponent, the exponent an
 // integer of its own. No exp or log stands on the dependent chain, and the error does not grow with R / gamma, as it
-// does when differences of a stored R are taken.
+// does when differences of a stored R are taken. gamma = 0 (hard DTW) sums costs in double instead.
 //
-// Probs.  probs[b,i,j] = (Z_{i-1,j-1}, Z_{i-1,j}) / their sum with Z_{i,j-1}: how the path came into the cell. The
-// third share is (1 - first) - second in the arithmetic of the dtype; forward stores a second share that makes it >= 0,
-// and 0 where nothing came from the left: so no weight ever leaks into a cell without a path. Everything outside the
-// pair or the band is 0. The pair's last cell, (n-1, m-1), also carries the verdict on the pair:
-//     (1, 1): there is no path, value +inf, gradient 0;      NaN: NaN or -inf among its costs, value and gradient NaN.
+// probs.  How the path came into each cell: the shares of (diagonal, up), and with dropping of matching, in fixed point
+// (store 16 or 8 bits; 64: doubles, for float64 costs). Opaque bytes (B, S), S following from rows, columns, band,
+// store and dropping alone, since another device cannot read the lengths; a band bounds it by about 8 N (w + 5) + 64 M
+// bytes. What no pair needs is not written.
 //
 // Backward.  E_ij = share of E from the three successors, E_{n-1,m-1} = 1; grad_cost = grad_value E. A pure sum of
-// products of numbers >= 0. Gradients outside the pair and the band are exactly 0.
+// products of numbers >= 0. Gradients outside the pair and the band are exactly 0. Without a path (value +inf) all are
+// 0; value NaN makes those inside the pair and the band NaN.
 //
-// band: -1, or w >= 0 with the cells 2 |j (n-1) - i (m-1)| <= max(2 w (n-1), n + m - 2).
-// A length outside 1..N or 1..M gives NaN as value and in all of grad_cost of its pair alone.
-// Costs above min(2^50, 2^60 / (n + m)) gamma ln 2 count as infinite, below minus that as -inf.
+// gamma: one for all; gammas (B): one per pair, > 0, else NaN for the pair. band: -1, or w >= 0 with the cells
+// 2 |j (n-1) - i (m-1)| <= max(2 w (n-1), n + m - 2). low, high (B,N): first and last column that each row may match.
+// A length outside 1..N or 1..M gives NaN as value and in all gradients of its pair alone, as does NaN or -inf among
+// the pair's costs. Costs above min(2^50, 2^59 / (2n + m)) gamma ln 2 count as infinite, below minus that as -inf.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
-#include <bit>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <limits>
-#include <new>
+#include <numeric>
+#include <optional>
 #include <tuple>
+#include <vector>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include "lyra/check.h"
-#include "lyra/simd.h"
+#include "stripes.h"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lyra, m) {
   m.def(
@@ -52,545 +55,471 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lyra, m) {
 namespace lyra {
 namespace {
 
-// Pairs that go through the recursion side by side. What one gets does not depend on the others.
-constexpr int kLanes = 8;
-template <typename T>
-struct Lanes {
-  typedef T Type __attribute__((vector_size(kLanes * sizeof(T))));
-};
-template <typename T>
-using Vec = typename Lanes<T>::Type;
+using namespace soft_dtw_cpu;
+using OptionalTensor = std::optional<Tensor>;
 
-template <typename T>
-struct Format;  // of an IEEE number, and how many terms of exp's series it needs on [-ln2/2, ln2/2]
-template <>
-struct Format<float> {
-  using Int = int32_t;
-  static constexpr Int bits = 23, bias = 127;
-  static constexpr int terms = 7;
-};
-template <>
-struct Format<double> {
-  using Int = int64_t;
-  static constexpr Int bits = 52, bias = 1023;
-  static constexpr int terms = 13;
-};
+// --- one stripe, for each kind of cell, compiled for several CPUs ----------------------------------------------------
 
-// Vectors in a row. Not std::vector, whose allocator sees the element's type without its alignment.
-template <typename V>
-class Buffer {
- public:
-  LYRA_INLINE explicit Buffer(int64_t size, V value = V{}) : data_(new (std::align_val_t{64}) V[size]) {
-    fill(0, size - 1, value);
+#define LYRA_FORWARD(S, Cell)                                                                                       \
+  LYRA_SIMD void forward_some(const Forward<S>& f, Cell& cell, const Stripe& s, Cell::State* frontier, uint8_t* to, \
+                              Progress* progress) {                                                                 \
+    forward_stripe<false>(f, cell, s, frontier, to, progress);                                                      \
+  }                                                                                                                 \
+  LYRA_SIMD void forward_dropping(const Forward<S>& f, Cell& cell, const Stripe& s, Cell::State* frontier,          \
+                                  uint8_t* to, Progress* progress) {                                                \
+    forward_stripe<true>(f, cell, s, frontier, to, progress);                                                       \
   }
-  ~Buffer() { ::operator delete[](data_, std::align_val_t{64}); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  LYRA_INLINE V& operator[](int64_t i) { return data_[i]; }
-  LYRA_INLINE auto* at(int64_t i, int lane) { return &data_[i][0] + lane; }
-  LYRA_INLINE void fill(int64_t first, int64_t last, V value) {
-    for (int64_t i = first; i <= last; ++i) data_[i] = value;
+using Narrow = Soft<float, float>;
+using Wide = Soft<float, double>;
+using Double = Soft<double, double>;
+LYRA_FORWARD(float, Narrow)
+LYRA_FORWARD(float, Wide)
+LYRA_FORWARD(double, Double)
+LYRA_FORWARD(float, Hard<float>)
+LYRA_FORWARD(double, Hard<double>)
+#undef LYRA_FORWARD
+
+#define LYRA_BACKWARD(S)                                                                                           \
+  LYRA_SIMD double backward_some(const Backward<S>& f, const Stripe& s, Vec<S>* frontier, const uint8_t* from,     \
+                                 const Vec<S>& sent, Progress* progress) {                                         \
+    return backward_stripe<false>(f, s, frontier, from, sent, progress);                                           \
+  }                                                                                                                \
+  LYRA_SIMD double backward_dropping(const Backward<S>& f, const Stripe& s, Vec<S>* frontier, const uint8_t* from, \
+                                     const Vec<S>& sent, Progress* progress) {                                     \
+    return backward_stripe<true>(f, s, frontier, from, sent, progress);                                            \
   }
+LYRA_BACKWARD(float)
+LYRA_BACKWARD(double)
+#undef LYRA_BACKWARD
 
- private:
-  V* data_;
-};
-
-// kLanes numbers mantissa * 2^exponent, the mantissa in [1, 2), or 0 with an exponent below all others.
-template <typename T>
-struct Scaled {
-  using Int = typename Format<T>::Int;
-  static constexpr Int kNone = -(Int{1} << (8 * sizeof(Int) - 2));  // differences of exponents must not overflow
-  Vec<T> mantissa = {};
-  Vec<Int> exponent = Vec<Int>{} + kNone;
-};
-
-template <typename T>
-LYRA_INLINE Vec<T> from_bits(Vec<typename Format<T>::Int> bits) {
-  return std::bit_cast<Vec<T>>(bits);
-}
-
-// number * 2^(exponent - top), for top >= exponent; what is smaller than any normal number becomes 0.
-template <typename T>
-LYRA_INLINE Vec<T> shifted(const Scaled<T>& number, Vec<typename Format<T>::Int> top) {
-  using F = Format<T>;
-  const auto shift = number.exponent - top + F::bias;
-  return number.mantissa * from_bits<T>((shift > 0 ? shift : Vec<typename F::Int>{}) << F::bits);
-}
-
-// exp(-cost / gamma), scale = -log2(e) / gamma; 0 where cost scale < -limit, limit <= 2^50.
-template <typename T, typename S>
-LYRA_INLINE Scaled<T> weight(Vec<S> cost, double scale, Vec<double> limit) {
-  using Int = typename Format<T>::Int;
-  constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52: adding it rounds to an integer, which its low bits show
-  Vec<double> power = __builtin_convertvector(cost, Vec<double>) * scale;
-  const Vec<int64_t> infinite = power < -limit;
-  power = infinite ? Vec<double>{} : power;
-  const Vec<double> rounded = power + kRound;
-  const Vec<int64_t> integer = std::bit_cast<Vec<int64_t>>(rounded) - std::bit_cast<int64_t>(kRound);
-  const Vec<T> x = __builtin_convertvector((power - (rounded - kRound)) * 0.6931471805599453, Vec<T>);
-  constexpr int kTerms = Format<T>::terms;
-  double last = 1;  // 1 / terms!, from which the other coefficients follow
-  for (int n = 2; n <= kTerms; ++n) last /= n;
-  Vec<T> series = Vec<T>{} + static_cast<T>(last);
-  for (int n = kTerms; n > 0; --n) series = static_cast<T>(last *= n) + series * x;
-  const auto none = __builtin_convertvector(infinite, Vec<Int>);
-  return {none ? Vec<T>{} : series, __builtin_convertvector(integer, Vec<Int>)};
-}
-
-// Memory holds a row of one pair after the other, the recursion a column of all pairs side by side. Four columns of
-// four pairs turn in registers; vectors of four exist on every machine, so no clone falls back to single numbers for
-// floats.
-constexpr int kTile = 4;
-static_assert(kLanes % kTile == 0);
-template <typename S>
-struct TileOf {
-  typedef S Type __attribute__((vector_size(kTile * sizeof(S))));
-};
-template <typename S>
-using Quad = typename TileOf<S>::Type;
-
-template <typename S>
-LYRA_INLINE Quad<S> load(const S* from) {
-  Quad<S> quad;
-  std::memcpy(&quad, from, sizeof(quad));
-  return quad;
-}
-
-template <typename S>
-LYRA_INLINE void store(S* to, Quad<S> quad) {
-  std::memcpy(to, &quad, sizeof(quad));
-}
-
-template <typename Q>
-LYRA_INLINE Q low_pairs(Q a, Q b) {
-  return __builtin_shufflevector(a, b, 0, 4, 1, 5);
-}
-
-template <typename Q>
-LYRA_INLINE Q high_pairs(Q a, Q b) {
-  return __builtin_shufflevector(a, b, 2, 6, 3, 7);
-}
-
-template <typename Q>
-LYRA_INLINE void transpose(Q (&q)[kTile]) {
-  const Q a = low_pairs(q[0], q[2]), b = low_pairs(q[1], q[3]);
-  const Q c = high_pairs(q[0], q[2]), d = high_pairs(q[1], q[3]);
-  q[0] = low_pairs(a, b);
-  q[1] = high_pairs(a, b);
-  q[2] = low_pairs(c, d);
-  q[3] = high_pairs(c, d);
-}
-
-// One pair of the batch, as both directions see it.
-struct Pair {
-  int64_t index = 0, n = 0, m = 0;  // n = 0: an empty lane
-  int64_t band = -1;
-
-  struct Window {
-    int64_t low, high;  // first and last column; none where high < low
-  };
-  Window window(int64_t i) const {
-    if (i >= n) return {std::numeric_limits<int64_t>::max(), -1};
-    const int64_t rise = n - 1, run = m - 1;
-    if (band < 0 || rise == 0) return {0, run};
-    const int64_t width = std::max(2 * band * rise, rise + run) / 2;  // the cells with |j rise - i run| <= width
-    return {std::max<int64_t>(0, (i * run - width + rise - 1) / rise), std::min(run, (i * run + width) / rise)};
+#define LYRA_CURVATURE(S)                                                                                      \
+  LYRA_SIMD void tangent(const Curvature<S>& f, const Stripe& s, Vec<double>* frontier, const uint8_t* from,   \
+                         Vec<S>* rates) {                                                                      \
+    f.out.pair.dropping ? tangent_stripe<true>(f, s, frontier, from, rates)                                    \
+                        : tangent_stripe<false>(f, s, frontier, from, rates);                                  \
+  }                                                                                                            \
+  LYRA_SIMD double curvature_some(const Curvature<S>& f, const Stripe& s, Flow* frontier, const uint8_t* from, \
+                                  const Vec<S>* rates, const Flow& sent) {                                     \
+    return f.out.pair.dropping ? curvature_stripe<true>(f, s, frontier, from, rates, sent)                     \
+                               : curvature_stripe<false>(f, s, frontier, from, rates, sent);                   \
   }
-};
+LYRA_CURVATURE(float)
+LYRA_CURVATURE(double)
+#undef LYRA_CURVATURE
 
-// The windows of row i of all lanes, and the columns that hold them all. Both ends of it only grow with i as long as
-// no lane ends, which is what lets one row buffer serve all rows.
-struct Row {
-  Pair::Window lane[kLanes];
-  Pair::Window all = {std::numeric_limits<int64_t>::max(), -1};
+// --- one pair ------------------------------------------------------------------------------------------------------
 
-  Row(const Pair* pairs, int64_t i) {
-    for (int l = 0; l < kLanes; ++l) {
-      lane[l] = pairs[l].window(i);
-      all = {std::min(all.low, lane[l].low), std::max(all.high, lane[l].high)};
+// The stripes of a pair and where the records of each begin.
+struct Plan {
+  std::vector<Stripe> stripes;
+  std::vector<int64_t> offset;
+
+  Plan(const Pair& pair, int64_t bytes) {
+    int64_t at = 0;
+    for (int64_t row = 0; row < pair.n; row += kLanes) {
+      stripes.emplace_back(pair, row);
+      offset.push_back(at);
+      at += stripes.back().steps() * bytes;
     }
   }
+  int64_t count() const { return static_cast<int64_t>(stripes.size()); }
 };
 
-// Calls tile(first lane, first column) for whole tiles of cells that are in the windows of all their lanes, and
-// cell(lane, column) for the cells in windows that no tile holds.
-template <typename Tile, typename Cell>
-LYRA_INLINE void for_windows(const Row& row, const Tile& tile, const Cell& cell) {
-  for (int first = 0; first < kLanes; first += kTile) {
-    int64_t low = 0, high = std::numeric_limits<int64_t>::max();  // the columns that all four have
-    for (int l = first; l < first + kTile; ++l) {
-      low = std::max(low, row.lane[l].low);
-      high = std::min(high, row.lane[l].high);
-    }
-    const int64_t tiled = low <= high ? low + (high - low + 1) / kTile * kTile : low;  // no tile where low == tiled
-    for (int64_t j = low; j < tiled; j += kTile) tile(first, j);
-    for (int l = first; l < first + kTile; ++l) {
-      const auto [begin, end] = row.lane[l];
-      for (int64_t j = begin; j <= std::min(end, low - 1); ++j) cell(l, j);
-      for (int64_t j = std::max(begin, tiled); j <= end; ++j) cell(l, j);
-    }
-  }
-}
-
-int64_t most_rows(const Pair* pairs) {
-  int64_t rows = 0;
-  for (int l = 0; l < kLanes; ++l) rows = std::max(rows, pairs[l].n);
-  return rows;
-}
-
-template <typename S>
-struct Forward {
-  const S* cost;
-  int64_t cost_batch, cost_row;  // strides
-  S *value, *probs;
-  int64_t rows, columns;  // N, M
-  double gamma, scale;
-
-  double limit(const Pair& pair) const { return std::min(0x1p50, 0x1p60 / static_cast<double>(pair.n + pair.m)); }
-};
-
-// T: what the recursion runs in, S: what it is stored in.
-template <typename S, typename T>
-LYRA_INLINE void forward_lanes(const Forward<S>& f, const Pair* pairs) {
-  using Format = lyra::Format<T>;
-  using Int = typename Format::Int;
-  Buffer<Vec<T>> mantissas(f.columns + 1);
-  Buffer<Vec<Int>> exponents(f.columns + 1, Scaled<T>{}.exponent);
-  Buffer<Vec<S>> costs(f.columns), firsts(f.columns), seconds(f.columns);
-  // Entry j + 1 of the row buffers is column j of the row above, until this row has passed there. The origin, from
-  // which the first cell is reached diagonally, stands before the first column.
-  mantissas[0] += T(1);
-  exponents[0] = Vec<Int>{};
-  Vec<double> limits;
-  for (int l = 0; l < kLanes; ++l) limits[l] = f.limit(pairs[l]);
-
-  for (int64_t i = 0, rows = most_rows(pairs); i < rows; ++i) {
-    const Row row(pairs, i);
-    const S* from[kLanes];
-    S* to[kLanes];
-    for (int l = 0; l < kLanes; ++l) {
-      from[l] = f.cost + pairs[l].index * f.cost_batch + i * f.cost_row;
-      to[l] = f.probs + (pairs[l].index * f.rows + i) * f.columns * 2;
-    }
-    costs.fill(row.all.low, row.all.high, Vec<S>{} + std::numeric_limits<S>::infinity());
-    for_windows(
-        row,
-        [&](int first, int64_t j) {
-          Quad<S> quads[kTile];
-          for (int k = 0; k < kTile; ++k) quads[k] = load(from[first + k] + j);
-          transpose(quads);
-          for (int k = 0; k < kTile; ++k) store(costs.at(j + k, first), quads[k]);
-        },
-        [&](int l, int64_t j) { *costs.at(j, l) = from[l][j]; });
-
-    Scaled<T> diagonal{mantissas[row.all.low], exponents[row.all.low]}, left;
-    mantissas[row.all.low] = left.mantissa;
-    exponents[row.all.low] = left.exponent;
-    for (int64_t j = row.all.low; j <= row.all.high; ++j) {
-      const Scaled<T> up{mantissas[j + 1], exponents[j + 1]}, w = weight<T, S>(costs[j], f.scale, limits);
-      const auto higher = up.exponent > left.exponent ? up.exponent : left.exponent;
-      const auto top = diagonal.exponent > higher ? diagonal.exponent : higher;
-      const Vec<T> a = shifted(diagonal, top), b = shifted(up, top), c = shifted(left, top);
-      const Vec<T> sum = a + (b + c);
-
-      const auto reached = sum > T(0);
-      const Vec<T> total = reached ? sum : Vec<T>{} + T(1);
-      const Vec<S> first = __builtin_convertvector(a / total, Vec<S>), rest = S(1) - first;
-      const Vec<S> second = __builtin_convertvector(b / total, Vec<S>);
-      const auto all_the_rest = __builtin_convertvector(reached & (c == T(0)), Vec<typename lyra::Format<S>::Int>);
-      firsts[j] = first;
-      seconds[j] = all_the_rest | (second > rest) ? rest : second;
-
-      const auto bits = std::bit_cast<Vec<Int>>(sum * w.mantissa);
-      constexpr Int kOne = Format::bias << Format::bits, kFraction = (Int{1} << Format::bits) - 1;
-      diagonal = up;
-      left.mantissa = bits > 0 ? from_bits<T>((bits & kFraction) | kOne) : Vec<T>{};
-      left.exponent = bits > 0 ? top + w.exponent + (bits >> Format::bits) - Format::bias : Scaled<T>{}.exponent;
-      mantissas[j + 1] = left.mantissa;
-      exponents[j + 1] = left.exponent;
-    }
-
-    for_windows(
-        row,
-        [&](int first, int64_t j) {
-          Quad<S> a[kTile], b[kTile];
-          for (int k = 0; k < kTile; ++k) {
-            a[k] = load(firsts.at(j + k, first));
-            b[k] = load(seconds.at(j + k, first));
-          }
-          transpose(a);
-          transpose(b);
-          for (int k = 0; k < kTile; ++k) {
-            store(to[first + k] + 2 * j, low_pairs(a[k], b[k]));
-            store(to[first + k] + 2 * j + kTile, high_pairs(a[k], b[k]));
-          }
-        },
-        [&](int l, int64_t j) {
-          to[l][2 * j] = *firsts.at(j, l);
-          to[l][2 * j + 1] = *seconds.at(j, l);
-        });
-    for (int l = 0; l < kLanes; ++l) {
-      if (i >= pairs[l].n) continue;
-      const auto [low, high] = row.lane[l];
-      std::fill(to[l], to[l] + 2 * low, S(0));
-      std::fill(to[l] + 2 * (high + 1), to[l] + 2 * f.columns, S(0));
-      if (i != pairs[l].n - 1) continue;
-      const T mantissa = mantissas[high + 1][l];
-      const double bits = std::log2(static_cast<double>(mantissa)) + static_cast<double>(exponents[high + 1][l]);
-      f.value[pairs[l].index] =
-          mantissa > 0 ? static_cast<S>(-f.gamma * 0.6931471805599453 * bits) : std::numeric_limits<S>::infinity();
-      if (!(mantissa > 0)) to[l][2 * high] = to[l][2 * high + 1] = S(1);
-    }
-  }
-}
-
-template <typename S>
-struct Backward {
-  const S *grad_value, *probs;
-  S* grad_cost;
-  int64_t rows, columns;
-};
-
-template <typename S>
-LYRA_INLINE void backward_lanes(const Backward<S>& f, const Pair* pairs) {
-  // Entry j + 1 of `row` is what has come to column j of this row from the row below; entry 0 is never used.
-  Buffer<Vec<S>> row(f.columns + 1), expected(f.columns), firsts(f.columns), seconds(f.columns);
-
-  for (int64_t i = most_rows(pairs) - 1; i >= 0; --i) {
-    const Row windows(pairs, i);
-    const int64_t low = windows.all.low, high = windows.all.high;
-    const S* from[kLanes];
-    S *to[kLanes], grad[kLanes];
-    for (int l = 0; l < kLanes; ++l) {
-      const int64_t start = (pairs[l].index * f.rows + i) * f.columns;
-      from[l] = f.probs + start * 2;
-      to[l] = f.grad_cost + start;
-      grad[l] = f.grad_value[pairs[l].index];
-      if (i == pairs[l].n - 1) row[pairs[l].m][l] = S(1);
-    }
-    firsts.fill(low, high, Vec<S>{});
-    seconds.fill(low, high, Vec<S>{});
-    for_windows(
-        windows,
-        [&](int first, int64_t j) {
-          Quad<S> a[kTile], b[kTile];
-          for (int k = 0; k < kTile; ++k) {
-            const Quad<S> begin = load(from[first + k] + 2 * j), end = load(from[first + k] + 2 * j + kTile);
-            a[k] = __builtin_shufflevector(begin, end, 0, 2, 4, 6);
-            b[k] = __builtin_shufflevector(begin, end, 1, 3, 5, 7);
-          }
-          transpose(a);
-          transpose(b);
-          for (int k = 0; k < kTile; ++k) {
-            store(firsts.at(j + k, first), a[k]);
-            store(seconds.at(j + k, first), b[k]);
-          }
-        },
-        [&](int l, int64_t j) {
-          *firsts.at(j, l) = from[l][2 * j];
-          *seconds.at(j, l) = from[l][2 * j + 1];
-        });
-
-    Vec<S> left = {}, diagonal = {};  // what this row sends to the cell before in its own row, and in the row above
-    for (int64_t j = high; j >= low; --j) {
-      const Vec<S> here = row[j + 1] + left;
-      expected[j] = here;
-      row[j + 1] = here * seconds[j] + diagonal;
-      diagonal = here * firsts[j];
-      left = here * ((S(1) - firsts[j]) - seconds[j]);
-    }
-    row[low] = diagonal;
-
-    for_windows(
-        windows,
-        [&](int first, int64_t j) {
-          Quad<S> quads[kTile];
-          for (int k = 0; k < kTile; ++k) quads[k] = load(expected.at(j + k, first));
-          transpose(quads);
-          for (int k = 0; k < kTile; ++k) store(to[first + k] + j, grad[first + k] * quads[k]);
-        },
-        [&](int l, int64_t j) { to[l][j] = grad[l] * *expected.at(j, l); });
-    for (int l = 0; l < kLanes; ++l) {
-      if (i >= pairs[l].n) continue;
-      const auto [first, last] = windows.lane[l];
-      std::fill(to[l], to[l] + first, S(0));
-      std::fill(to[l] + last + 1, to[l] + f.columns, S(0));
-    }
-  }
-}
-
-LYRA_SIMD void run(const Forward<float>& f, const Pair* pairs, float) { forward_lanes<float, float>(f, pairs); }
-LYRA_SIMD void run(const Forward<float>& f, const Pair* pairs, double) { forward_lanes<float, double>(f, pairs); }
-LYRA_SIMD void run(const Forward<double>& f, const Pair* pairs, double) { forward_lanes<double, double>(f, pairs); }
-LYRA_SIMD void run(const Backward<float>& f, const Pair* pairs) { backward_lanes(f, pairs); }
-LYRA_SIMD void run(const Backward<double>& f, const Pair* pairs) { backward_lanes(f, pairs); }
-
-// What has to be known of a pair's costs before the recursion.
-struct Survey {
-  bool bad = false;    // NaN or -inf among them
-  double largest = 0;  // |cost / gamma| log2(e) of the finite ones
-};
-
-template <typename S>
-LYRA_INLINE Survey survey_cost(const Forward<S>& f, const Pair& pair) {
-  using Int = typename Format<S>::Int;  // ordered like the magnitudes they stand for, and quicker to reduce
-  constexpr Int kMagnitude = std::numeric_limits<Int>::max();
-  constexpr Int kInfinity = std::bit_cast<Int>(std::numeric_limits<S>::infinity());
-  const double finite = std::min<double>(std::numeric_limits<S>::max(), -f.limit(pair) / f.scale);
-  const Int limit = std::bit_cast<Int>(static_cast<S>(finite));
-  Int bad = 0, largest = 0;
-  for (int64_t i = 0; i < pair.n; ++i) {
-    const S* cost = f.cost + pair.index * f.cost_batch + i * f.cost_row;
-    const auto [low, high] = pair.window(i);
-    for (int64_t j = low; j <= high; ++j) {
-      const Int bits = std::bit_cast<Int>(cost[j]), magnitude = bits & kMagnitude;
-      const Int beyond = magnitude > limit;
-      bad |= beyond & (Int{bits < 0} | Int{magnitude > kInfinity});
-      largest = std::max(largest, beyond ? Int{0} : magnitude);
-    }
-  }
-  return {bad != 0, static_cast<double>(std::bit_cast<S>(largest)) * -f.scale};
-}
-
-LYRA_SIMD Survey survey(const Forward<float>& f, const Pair& pair) { return survey_cost(f, pair); }
-LYRA_SIMD Survey survey(const Forward<double>& f, const Pair& pair) { return survey_cost(f, pair); }
-
-template <typename S>
-void fill_rows(S* data, int64_t row_size, int64_t from, int64_t to, S value) {
-  std::fill(data + from * row_size, data + to * row_size, value);
-}
-
-// Calls body(first pair, number of pairs) for groups of kLanes pairs, in parallel.
+// Calls body(k) for k = 0 .. count - 1, each begun after the ones before it, in as many threads as there are.
 template <typename Body>
-void for_groups(int64_t batch, const Body& body) {
-  torch::stable::parallel_for(0, (batch + kLanes - 1) / kLanes, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t group = begin; group < end; ++group) {
-      body(group * kLanes, std::min<int64_t>(kLanes, batch - group * kLanes));
-    }
+void in_parallel(int64_t count, const Body& body) {
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, count, 1, [&](int64_t, int64_t) {
+    for (int64_t k; (k = next.fetch_add(1)) < count;) body(k);
   });
 }
 
+// Makes entries `first` to `last` empty that the neighbouring stripe, written from `begin` to `end`, has not written.
+template <typename State>
+void clear_around(State* frontier, int64_t first, int64_t last, int64_t begin, int64_t end, const State& empty) {
+  for (int64_t k = first; k <= last; ++k) {
+    if (k < begin || k > end) frontier[k] = empty;
+  }
+}
+
+// Returns whether the cell type could serve the pair; together: all threads work on it.
+template <typename Cell, typename S>
+bool forward_pair(const Forward<S>& f, bool together, S* value) {
+  const Cell prototype(f.gamma, f.pair);
+  if (!prototype.serves()) return false;
+  const Plan plan(f.pair, record_bytes(f.store, f.pair.dropping));
+  Buffer<typename Cell::State> buffer(f.pair.m + kMargin, Cell::zero());
+  auto* frontier = buffer.data();
+  frontier[kReach - 1] = Cell::origin();
+  std::atomic<bool> flagged{false};
+  const auto run = [&](int64_t s, Progress* progress) {
+    Cell cell = prototype;
+    uint8_t* to = f.records == nullptr ? nullptr : f.records + plan.offset[s];
+    f.pair.dropping ? forward_dropping(f, cell, plan.stripes[s], frontier, to, progress)
+                    : forward_some(f, cell, plan.stripes[s], frontier, to, progress);
+    for (int l = 0; l < kLanes; ++l) {
+      if (cell.flagged[l]) flagged = true;
+    }
+  };
+  if (together && f.pair.low == nullptr) {
+    Progress progress(plan.count());
+    in_parallel(plan.count(), [&](int64_t s) { run(s, &progress); });
+  } else {
+    for (int64_t s = 0; s < plan.count(); ++s) {
+      const Stripe& now = plan.stripes[s];
+      if (f.pair.low != nullptr && s > 0) {  // windows need not follow each other
+        const Stripe& before = plan.stripes[s - 1];
+        clear_around(frontier, now.first - 1 + kReach, now.last + kReach, before.first + 1, before.last + 1,
+                     Cell::zero());
+      }
+      run(s, nullptr);
+    }
+  }
+  if (flagged && sizeof(typename Cell::Type) == 4) return false;
+  const int lane = (f.pair.n - 1) % kLanes;
+  *value = flagged ? std::numeric_limits<S>::quiet_NaN()
+                   : static_cast<S>(prototype.value(frontier[f.pair.m + kSkew * lane], lane));
+  return true;
+}
+
+// Returns the entropy of the paths, if asked for.
 template <typename S>
-void forward_batch(const Forward<S>& f, const int64_t* x_lengths, const int64_t* y_lengths, int64_t batch,
-                   int64_t band) {
-  constexpr S kNaN = std::numeric_limits<S>::quiet_NaN();
-  for_groups(batch, [&](int64_t start, int64_t count) {
-    Pair narrow[kLanes], wide[kLanes];  // by the range of exponents that they need, their own and nobody else's
-    bool any_narrow = false, any_wide = false;
-    for (int l = 0; l < count; ++l) {
-      const Pair pair{start + l, x_lengths[start + l], y_lengths[start + l], std::min(band, f.columns)};
-      S* probs = f.probs + pair.index * f.rows * f.columns * 2;
-      const bool fits = pair.n >= 1 && pair.n <= f.rows && pair.m >= 1 && pair.m <= f.columns;
-      fill_rows(probs, 2 * f.columns, fits ? pair.n : 0, f.rows, S(0));
-      f.value[pair.index] = kNaN;
-      if (!fits) continue;
-      const Survey found = survey(f, pair);
-      if (found.bad) {
-        fill_rows(probs, 2 * f.columns, 0, pair.n, S(0));
-        S* end = probs + ((pair.n - 1) * f.columns + pair.m - 1) * 2;
-        end[0] = end[1] = kNaN;
-      } else if (sizeof(S) == 4 && found.largest * static_cast<double>(pair.n + pair.m) < 0x1p29) {
-        narrow[l] = pair;
-        any_narrow = true;
-      } else {
-        wide[l] = pair;
-        any_wide = true;
+double backward_pair(const Backward<S>& f, bool together) {
+  const Plan plan(f.pair, record_bytes(f.store, f.pair.dropping));
+  Buffer<Vec<S>> buffer(f.pair.m + kMargin, Vec<S>{});
+  auto* frontier = buffer.data();
+  const int lane = (f.pair.n - 1) % kLanes;  // of the last cell, which everything comes out of
+  Vec<S> origin = {};
+  lane + 1 < kLanes ? origin[lane + 1] = S(1) : frontier[f.pair.m - 1 + kBelow][0] = S(1);
+  std::vector<double> entropy(plan.count());
+  const auto run = [&](int64_t s, Progress* progress) {
+    const Vec<S> sent = s + 1 == plan.count() ? origin : Vec<S>{};
+    const uint8_t* from = f.records + plan.offset[s];
+    entropy[s] = f.pair.dropping ? backward_dropping(f, plan.stripes[s], frontier, from, sent, progress)
+                                 : backward_some(f, plan.stripes[s], frontier, from, sent, progress);
+  };
+  if (together && f.pair.low == nullptr) {
+    Progress progress(plan.count());
+    in_parallel(plan.count(), [&](int64_t s) { run(plan.count() - 1 - s, &progress); });
+  } else {
+    for (int64_t s = plan.count() - 1; s >= 0; --s) {
+      const Stripe& now = plan.stripes[s];
+      if (f.pair.low != nullptr && s + 1 < plan.count()) {
+        const Stripe& after = plan.stripes[s + 1];
+        clear_around(frontier, now.first + kTaken, now.last + kTaken, after.first - 1 + kBelow, after.last + kBelow,
+                     Vec<S>{});
       }
+      run(s, nullptr);
     }
-    if (any_narrow) run(f, narrow, S{});
-    if (any_wide) run(f, wide, double{});
-  });
+  }
+  return std::accumulate(entropy.begin(), entropy.end(), 0.0);
 }
 
+// Returns (slope, its derivative in gamma): see stripes.h.
 template <typename S>
-void backward_batch(const Backward<S>& f, const int64_t* x_lengths, const int64_t* y_lengths, int64_t batch,
-                    int64_t band) {
-  constexpr S kNaN = std::numeric_limits<S>::quiet_NaN();
-  for_groups(batch, [&](int64_t start, int64_t count) {
-    Pair pairs[kLanes];
-    for (int l = 0; l < count; ++l) {
-      const Pair pair{start + l, x_lengths[start + l], y_lengths[start + l], std::min(band, f.columns)};
-      S* grad = f.grad_cost + pair.index * f.rows * f.columns;
-      const bool fits = pair.n >= 1 && pair.n <= f.rows && pair.m >= 1 && pair.m <= f.columns;
-      fill_rows(grad, f.columns, fits ? pair.n : 0, f.rows, fits ? S(0) : kNaN);
-      if (!fits) continue;
-      const S* end = f.probs + ((pair.index * f.rows + pair.n - 1) * f.columns + pair.m - 1) * 2;
-      if (end[0] + end[1] <= S(1)) {
-        pairs[l] = pair;
-        continue;
-      }
-      fill_rows(grad, f.columns, 0, pair.n, S(0));
-      if (!std::isnan(end[0])) continue;
-      for (int64_t i = 0; i < pair.n; ++i) {
-        const auto [low, high] = pair.window(i);
-        std::fill(grad + i * f.columns + low, grad + i * f.columns + high + 1, kNaN);
-      }
+std::tuple<double, double> curvature_pair(const Curvature<S>& f) {
+  const Pair& pair = f.out.pair;
+  const int64_t bytes = record_bytes(f.out.store, pair.dropping), each = pair.dropping ? 3 : 2;
+  const Plan plan(pair, bytes);
+  const int64_t steps = plan.offset.back() / bytes + plan.stripes.back().steps();
+  Buffer<Vec<S>> rates(steps * each, Vec<S>{});
+  const int lane = (pair.n - 1) % kLanes;
+  double slope = 0, in_gamma = 0;
+  {
+    Buffer<Vec<double>> frontier(pair.m + kMargin, Vec<double>{});  // what it holds of closed cells has no share
+    for (int64_t s = 0; s < plan.count(); ++s) {
+      tangent(f, plan.stripes[s], frontier.data(), f.out.records + plan.offset[s],
+              rates.data() + plan.offset[s] / bytes * each);
     }
-    run(f, pairs);
-  });
+    slope = frontier.data()[pair.m + kSkew * lane][lane];
+  }
+  Buffer<Flow> frontier(pair.m + kMargin, Flow{});
+  Flow origin;
+  lane + 1 < kLanes ? origin.mass[lane + 1] = 1.0 : frontier.data()[pair.m - 1 + kBelow].mass[0] = 1.0;
+  for (int64_t s = plan.count() - 1; s >= 0; --s) {
+    const Stripe& now = plan.stripes[s];
+    if (pair.low != nullptr && s + 1 < plan.count()) {
+      const Stripe& after = plan.stripes[s + 1];
+      clear_around(frontier.data(), now.first + kTaken, now.last + kTaken, after.first - 1 + kBelow,
+                   after.last + kBelow, Flow{});
+    }
+    in_gamma -= curvature_some(f, now, frontier.data(), f.out.records + plan.offset[s],
+                               rates.data() + plan.offset[s] / bytes * each, s + 1 == plan.count() ? origin : Flow{});
+  }
+  return {slope, in_gamma};
 }
 
-void check_lengths(const char* name, const Tensor& lengths, int64_t batch) {
-  check_shape(name, lengths, {batch});
-  check_dtype(name, lengths, ScalarType::Long);
-  check_contiguous(name, lengths);
-}
+// --- a batch ---------------------------------------------------------------------------------------------------------
 
 void check_float(const char* name, const Tensor& t) {
   check(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::Double, name, ": got dtype ",
         torch::headeronly::toString(t.scalar_type()), ", expected float32 or float64");
 }
 
+// Large pages for memory that is about to be written for the first time: fewer faults, which cost more than the
+// recursion does.
+void prefer_large_pages(const Tensor& t) {
+#ifdef __linux__
+  constexpr uintptr_t kPage = uintptr_t{1} << 21;
+  const auto begin = (reinterpret_cast<uintptr_t>(t.data_ptr()) + kPage - 1) / kPage * kPage;
+  const auto end = (reinterpret_cast<uintptr_t>(t.data_ptr()) + t.numel() * t.element_size()) / kPage * kPage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+// The arguments that say which cells there are, checked.
+struct Batch {
+  int64_t size, rows, columns, band;
+  const int64_t *x_lengths, *y_lengths, *low = nullptr, *high = nullptr;
+  bool dropping;
+
+  Batch(int64_t size, int64_t rows, int64_t columns, const Tensor& x, const Tensor& y, int64_t band,
+        const OptionalTensor& low_bound, const OptionalTensor& high_bound, bool dropping)
+      : size(size), rows(rows), columns(columns), band(band), dropping(dropping) {
+    check(rows >= 0 && columns >= 0, "rows, columns: got ", rows, ", ", columns, ", expected numbers >= 0");
+    x_lengths = checked("x_lengths", x, {size});
+    y_lengths = checked("y_lengths", y, {size});
+    check(band >= -1, "band: got ", band, ", expected -1 (none) or more");
+    check(low_bound.has_value() == high_bound.has_value(), "low, high: got one of them, expected both or none");
+    if (!low_bound) return;
+    check(band == -1, "band: got ", band, " with low and high, expected -1");
+    low = checked("low", *low_bound, {size, rows});
+    high = checked("high", *high_bound, {size, rows});
+  }
+
+  static const int64_t* checked(const char* name, const Tensor& t, std::initializer_list<int64_t> shape) {
+    check_shape(name, t, shape);
+    check_dtype(name, t, ScalarType::Long);
+    check_contiguous(name, t);
+    return t.const_data_ptr<int64_t>();
+  }
+  bool fits(int64_t b) const {
+    return x_lengths[b] >= 1 && x_lengths[b] <= rows && y_lengths[b] >= 1 && y_lengths[b] <= columns;
+  }
+  Pair pair(int64_t b) const {
+    const int64_t at = b * rows;
+    return {x_lengths[b], y_lengths[b], band, low ? low + at : nullptr, high ? high + at : nullptr, dropping};
+  }
+  int64_t probs_bytes(int store) const { return most_steps(rows, columns, band) * record_bytes(store, dropping); }
+
+  // Calls body(pair's index, together), for long pairs first: in parallel, or, if there are fewer than threads, one
+  // after the other, all threads together.
+  template <typename Body>
+  void for_pairs(const Body& body) const {
+    const bool together = size < torch::stable::get_num_threads();
+    if (together) {
+      for (int64_t b = 0; b < size; ++b) body(b, true);
+      return;
+    }
+    std::vector<int64_t> order(size);
+    std::iota(order.begin(), order.end(), 0);
+    const auto cells = [&](int64_t b) { return fits(b) ? x_lengths[b] * y_lengths[b] : 0; };
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return cells(a) > cells(b); });
+    in_parallel(size, [&](int64_t k) { body(order[k], false); });
+  }
+};
+
+int checked_store(int64_t store, ScalarType dtype) {
+  const bool fits = dtype == ScalarType::Double ? store == 0 || store == 64 : store == 0 || store == 8 || store == 16;
+  check(fits, "store: got ", store, ", expected 0, or 16 or 8 for float32 and 64 for float64");
+  return static_cast<int>(store);
+}
+
+void check_gamma(double gamma, const OptionalTensor& gammas, int64_t batch) {
+  check(gamma >= 0 && std::isfinite(gamma) && (gamma == 0 || std::isfinite(1.5 / gamma)), "gamma: got ", gamma,
+        ", expected a finite number >= 0");
+  if (!gammas) return;
+  check_shape("gammas", *gammas, {batch});
+  check_float("gammas", *gammas);
+  check_contiguous("gammas", *gammas);
+}
+
+double gamma_of(double gamma, const OptionalTensor& gammas, int64_t b) {
+  if (!gammas) return gamma;
+  const double own = gammas->scalar_type() == ScalarType::Float ? gammas->const_data_ptr<float>()[b]
+                                                                : gammas->const_data_ptr<double>()[b];
+  return own > 0 && std::isfinite(1.5 / own) ? own : std::numeric_limits<double>::quiet_NaN();
+}
+
+// End of the memory of a (B, N, M) tensor with adjacent columns.
+template <typename S>
+const S* end_of(const Tensor& t, const S* first) {
+  if (t.numel() == 0) return first;
+  return first + (t.size(0) - 1) * t.stride(0) + (t.size(1) - 1) * t.stride(1) + t.size(2);
+}
+
 std::tuple<Tensor, Tensor> forward(const Tensor& given, const Tensor& x_lengths, const Tensor& y_lengths, double gamma,
-                                   int64_t band) {
+                                   const OptionalTensor& gammas, int64_t band, const OptionalTensor& low,
+                                   const OptionalTensor& high, const OptionalTensor& drop, int64_t store_as) {
   check_shape("cost", given, {kAny, kAny, kAny});
   check_float("cost", given);
   const Tensor cost = given.stride(2) == 1 ? given : torch::stable::contiguous(given);
-  const int64_t batch = cost.size(0), rows = cost.size(1), columns = cost.size(2);
-  check_lengths("x_lengths", x_lengths, batch);
-  check_lengths("y_lengths", y_lengths, batch);
-  const double scale = -1.4426950408889634 / gamma;
-  check(gamma > 0 && std::isfinite(gamma) && std::isfinite(scale), "gamma: got ", gamma, ", expected a number > 0");
-  check(band >= -1, "band: got ", band, ", expected -1 (none) or more");
-  Tensor value = torch::stable::new_empty(cost, {batch});
-  Tensor probs = torch::stable::new_empty(cost, {batch, rows, columns, 2});
+  const Batch batch(cost.size(0), cost.size(1), cost.size(2), x_lengths, y_lengths, band, low, high, drop.has_value());
+  check_gamma(gamma, gammas, batch.size);
+  if (drop) {
+    check_shape("drop", *drop, {batch.size, batch.rows});
+    check_dtype("drop", *drop, cost.scalar_type());
+    check_contiguous("drop", *drop);
+  }
+  const int store = checked_store(store_as, cost.scalar_type());
+  Tensor value = torch::stable::new_empty(cost, {batch.size});
+  Tensor probs = torch::stable::new_empty(cost, {batch.size, batch.probs_bytes(store)}, ScalarType::Byte);
+  prefer_large_pages(probs);
   const auto go = [&]<typename S>(S) {
-    const Forward<S> f{cost.const_data_ptr<S>(),
-                       cost.stride(0),
-                       cost.stride(1),
-                       value.mutable_data_ptr<S>(),
-                       probs.mutable_data_ptr<S>(),
-                       rows,
-                       columns,
-                       gamma,
-                       scale};
-    forward_batch(f, x_lengths.const_data_ptr<int64_t>(), y_lengths.const_data_ptr<int64_t>(), batch, band);
+    const S* first = cost.const_data_ptr<S>();
+    const S* end = end_of(cost, first);
+    S* values = value.mutable_data_ptr<S>();
+    uint8_t* records = store == 0 ? nullptr : probs.mutable_data_ptr<uint8_t>();
+    batch.for_pairs([&](int64_t b, bool together) {
+      values[b] = std::numeric_limits<S>::quiet_NaN();
+      const double own = gamma_of(gamma, gammas, b);
+      if (!batch.fits(b) || std::isnan(own)) return;
+      const Forward<S> f{batch.pair(b),
+                         {first + b * cost.stride(0), cost.stride(1), first, end},
+                         drop ? drop->const_data_ptr<S>() + b * batch.rows : nullptr,
+                         records == nullptr ? nullptr : records + b * probs.size(1),
+                         store,
+                         own};
+      if (own == 0) {
+        forward_pair<Hard<S>>(f, together, values + b);
+      } else if constexpr (sizeof(S) == 8) {
+        forward_pair<Double>(f, together, values + b);
+      } else if (!forward_pair<Narrow>(f, together, values + b)) {
+        forward_pair<Wide>(f, together, values + b);
+      }
+    });
   };
   cost.scalar_type() == ScalarType::Float ? go(float{}) : go(double{});
   return {value, probs};
 }
 
-Tensor backward(const Tensor& grad_value, const Tensor& probs, const Tensor& x_lengths, const Tensor& y_lengths,
-                int64_t band) {
-  check_shape("probs", probs, {kAny, kAny, kAny, 2});
-  check_float("probs", probs);
+// Returns how the shares are stored, which the size says.
+int checked_probs(const Tensor& probs, const Tensor& value, const Batch& batch) {
+  check_dtype("probs", probs, ScalarType::Byte);
   check_contiguous("probs", probs);
-  const int64_t batch = probs.size(0), rows = probs.size(1), columns = probs.size(2);
-  check_shape("grad_value", grad_value, {batch});
-  check_dtype("grad_value", grad_value, probs.scalar_type());
-  check_lengths("x_lengths", x_lengths, batch);
-  check_lengths("y_lengths", y_lengths, batch);
-  check(band >= -1, "band: got ", band, ", expected -1 (none) or more");
-  const Tensor grad = torch::stable::contiguous(grad_value);  // a summed loss hands down one number with stride 0
-  Tensor grad_cost = torch::stable::new_empty(probs, {batch, rows, columns});
+  check_shape("probs", probs, {batch.size, kAny});
+  int store = value.scalar_type() == ScalarType::Double ? 64 : 16;
+  if (store == 16 && probs.size(1) == batch.probs_bytes(8)) store = 8;
+  check_shape("probs", probs, {batch.size, batch.probs_bytes(store)});
+  return store;
+}
+
+std::tuple<Tensor, Tensor> new_gradients(const Tensor& as, const Batch& batch) {
+  const std::vector<int64_t> by_row = {batch.size, batch.rows}, nothing = {0};
+  Tensor cost = torch::stable::new_empty(as, {batch.size, batch.rows, batch.columns});
+  prefer_large_pages(cost);
+  return {cost, torch::stable::new_empty(as, batch.dropping ? by_row : nothing)};
+}
+
+// Of a result that has no finite value: NaN or, where there is no path, 0.
+double no_number(double value) { return std::isinf(value) ? 0.0 : std::numeric_limits<double>::quiet_NaN(); }
+
+// Fills what the sweep will not: the gradients on padding or, for a pair without a finite value, all of them. Returns
+// whether there is a sweep to be made.
+template <typename S>
+bool fill_around(const Backward<S>& f, const Batch& batch, int64_t b, S value) {
+  const bool fits = batch.fits(b), finite = fits && std::isfinite(value);
+  const int64_t n = fits ? f.pair.n : 0, columns = f.columns;
+  const S inside = static_cast<S>(no_number(value)), padding = fits ? S(0) : std::numeric_limits<S>::quiet_NaN();
+  std::fill(f.grad_cost + n * columns, f.grad_cost + batch.rows * columns, padding);
+  if (f.grad_drop != nullptr) std::fill(f.grad_drop + n, f.grad_drop + batch.rows, padding);
+  if (finite) return true;
+  std::fill(f.grad_cost, f.grad_cost + n * columns, S(0));
+  for (int64_t i = 0; i < n; ++i) {
+    const auto [first, last] = f.pair.window(i);
+    if (first <= last) std::fill(f.grad_cost + i * columns + first, f.grad_cost + i * columns + last + 1, inside);
+  }
+  if (f.grad_drop != nullptr) std::fill(f.grad_drop, f.grad_drop + n, inside);
+  return false;
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_value, const Tensor& value, const Tensor& probs,
+                                            const Tensor& x_lengths, const Tensor& y_lengths, int64_t rows,
+                                            int64_t columns, int64_t band, const OptionalTensor& low,
+                                            const OptionalTensor& high, bool dropping, bool, bool with_entropy) {
+  check_shape("value", value, {kAny});
+  check_float("value", value);
+  check_contiguous("value", value);
+  const Batch batch(value.size(0), rows, columns, x_lengths, y_lengths, band, low, high, dropping);
+  check_shape("grad_value", grad_value, {batch.size});
+  check_dtype("grad_value", grad_value, value.scalar_type());
+  const int store = checked_probs(probs, value, batch);
+  auto [grad_cost, grad_drop] = new_gradients(value, batch);
+  Tensor entropy = torch::stable::new_empty(value, {with_entropy ? batch.size : 0});
   const auto go = [&]<typename S>(S) {
-    const Backward<S> f{grad.const_data_ptr<S>(), probs.const_data_ptr<S>(), grad_cost.mutable_data_ptr<S>(), rows,
-                        columns};
-    backward_batch(f, x_lengths.const_data_ptr<int64_t>(), y_lengths.const_data_ptr<int64_t>(), batch, band);
+    batch.for_pairs([&](int64_t b, bool together) {
+      Backward<S> f{batch.pair(b),
+                    grad_cost.mutable_data_ptr<S>() + b * rows * columns,
+                    columns,
+                    dropping ? grad_drop.mutable_data_ptr<S>() + b * rows : nullptr,
+                    grad_value.const_data_ptr<S>()[b * grad_value.stride(0)],
+                    probs.const_data_ptr<uint8_t>() + b * probs.size(1),
+                    store,
+                    with_entropy};
+      const S* own = value.const_data_ptr<S>() + b;
+      const double bits = fill_around(f, batch, b, *own) ? backward_pair(f, together) : no_number(*own);
+      if (with_entropy) entropy.mutable_data_ptr<S>()[b] = static_cast<S>(bits);
+    });
   };
-  probs.scalar_type() == ScalarType::Float ? go(float{}) : go(double{});
-  return grad_cost;
+  value.scalar_type() == ScalarType::Float ? go(float{}) : go(double{});
+  return {grad_cost, grad_drop, entropy};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> curvature(const Tensor& grad_value, const Tensor& value, const Tensor& probs,
+                                                     const Tensor& x_lengths, const Tensor& y_lengths, double gamma,
+                                                     const OptionalTensor& gammas, int64_t band,
+                                                     const OptionalTensor& low, const OptionalTensor& high,
+                                                     bool dropping, const Tensor& given,
+                                                     const OptionalTensor& along_drop,
+                                                     const OptionalTensor& along_gamma) {
+  check_shape("along", given, {kAny, kAny, kAny});
+  check_float("along", given);
+  const Tensor along = given.stride(2) == 1 ? given : torch::stable::contiguous(given);
+  const Batch batch(along.size(0), along.size(1), along.size(2), x_lengths, y_lengths, band, low, high, dropping);
+  check_gamma(gamma, gammas, batch.size);
+  check_shape("value", value, {batch.size});
+  check_dtype("value", value, along.scalar_type());
+  check_contiguous("value", value);
+  check_shape("grad_value", grad_value, {batch.size});
+  check_dtype("grad_value", grad_value, value.scalar_type());
+  OptionalTensor drops, in_gamma;
+  if (along_drop) {
+    check(dropping, "along_drop: got a tensor, expected none without dropping");
+    check_shape("along_drop", *along_drop, {batch.size, batch.rows});
+    check_dtype("along_drop", *along_drop, value.scalar_type());
+    drops = torch::stable::contiguous(*along_drop);
+  }
+  if (along_gamma) {
+    check_shape("along_gamma", *along_gamma, {batch.size});
+    check_dtype("along_gamma", *along_gamma, value.scalar_type());
+    in_gamma = torch::stable::contiguous(*along_gamma);
+  }
+  const int store = checked_probs(probs, value, batch);
+  auto [grad_cost, grad_drop] = new_gradients(value, batch);
+  Tensor slope = torch::stable::new_empty(value, {batch.size});
+  Tensor grad_gamma = torch::stable::new_empty(value, {batch.size});
+  const auto go = [&]<typename S>(S) {
+    const S* first = along.const_data_ptr<S>();
+    batch.for_pairs([&](int64_t b, bool) {
+      const double own = gamma_of(gamma, gammas, b);
+      const S grad = grad_value.const_data_ptr<S>()[b * grad_value.stride(0)];
+      const Curvature<S> f{{batch.pair(b), grad_cost.mutable_data_ptr<S>() + b * batch.rows * batch.columns,
+                            batch.columns, dropping ? grad_drop.mutable_data_ptr<S>() + b * batch.rows : nullptr, grad,
+                            probs.const_data_ptr<uint8_t>() + b * probs.size(1), store},
+                           {first + b * along.stride(0), along.stride(1), first, end_of(along, first)},
+                           drops ? drops->const_data_ptr<S>() + b * batch.rows : nullptr,
+                           in_gamma ? static_cast<double>(in_gamma->const_data_ptr<S>()[b]) : 0.0,
+                           gammas.has_value(),
+                           own == 0 ? 0 : 1 / own};
+      const S number = value.const_data_ptr<S>()[b];
+      std::tuple<double, double> both{no_number(number), no_number(number)};
+      if (fill_around(f.out, batch, b, number)) both = curvature_pair(f);
+      slope.mutable_data_ptr<S>()[b] = static_cast<S>(std::get<0>(both));
+      grad_gamma.mutable_data_ptr<S>()[b] = static_cast<S>(grad * std::get<1>(both));
+    });
+  };
+  value.scalar_type() == ScalarType::Float ? go(float{}) : go(double{});
+  return {slope, grad_cost, grad_drop, grad_gamma};
 }
 
 }  // namespace
@@ -599,4 +528,5 @@ Tensor backward(const Tensor& grad_value, const Tensor& probs, const Tensor& x_l
 STABLE_TORCH_LIBRARY_IMPL(lyra, CPU, m) {
   m.impl("soft_dtw_forward", TORCH_BOX(&lyra::forward));
   m.impl("soft_dtw_backward", TORCH_BOX(&lyra::backward));
+  m.impl("soft_dtw_curvature", TORCH_BOX(&lyra::curvature));
 }

@@ -21,11 +21,12 @@ Common to all functions here:
   |j - i s| <= max(w, s/2 + 1/2), s = (m-1)/(n-1); or a pair (low, high) of int (B, N), the first and last column that
   each row may match.
 * ``drop_cost``: None, a float, or a float tensor () or (B, N), which may require grad.
-* ``backend``: None chooses; by name: "cuda", "cpu", "reference". The compiled ones serve gamma > 0, a float or a
-  tensor, and any band, but no drop_cost; "reference" serves the rest. `lyra_ops.backend_of` tells. There an int band
-  saves work, a pair of tensors saves none (it closes cells in a copy of the cost), and a gamma tensor takes a copy of
-  the cost, too, rounded once more. Second derivatives need backend="reference": through a compiled one they raise
-  NotImplementedError.
+* ``bits``: 16 or 8, of each probability that the compiled backends keep for backward: 4 or 2 bytes per cell (half as
+  much again with ``drop_cost``), with an int band per cell inside it. Relative L2 error of a gradient: at most 1e-4 and
+  1e-2 on the inputs of bench/accuracy. The value does not depend on it. float64 keeps doubles.
+* ``backend``: None chooses; by name: "cuda", "cpu", "reference". "cpu" serves every call, "cuda" no drop_cost, gamma
+  tensor, (low, high) band or gamma = 0, "reference" all, slowly. `lyra_ops.backend_of` tells.
+* Differentiable twice, in cost, gamma and drop_cost; through "cuda" once (the second raises NotImplementedError).
 * A pair without any path (a band with a gap, infinite costs) has value +inf and gradient zero. NaN or -inf in a cell of
   the pair makes its value and gradient NaN, and no other's.
 * 16-bit inputs are computed, and results returned, in float32; float64 in float64.
@@ -35,9 +36,11 @@ Common to all functions here:
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lyra_ops._backend import choose, missing_kernel
 from lyra_ops._checks import FLOAT_DTYPES, INT_DTYPES, check_lengths, check_option, check_tensor, readable
@@ -57,6 +60,7 @@ def soft_dtw(
     gamma: float | Tensor = 1.0,
     band: reference.Band = None,
     drop_cost: float | Tensor | None = None,
+    bits: int = 16,
     backend: str | None = None,
 ) -> Tensor:
     """Soft-DTW of the token sequences x (B, N, D) and y (B, M, D): (B,). Arguments as in the package's docstring.
@@ -73,12 +77,9 @@ def soft_dtw(
     ``temperature`` > 0 belongs to "contrastive" alone.
     """
     shape = check_features(x, y, cost, temperature)
-    x_lengths, y_lengths, gamma, band, drop_cost = _check(
-        shape, x.device, x_lengths, y_lengths, gamma, band, drop_cost, names=("x", "y")
-    )
-    backend = _choose("soft_dtw", x.device, gamma, drop_cost, backend)
-    pairs = reference.pair_cost(x, y, x_lengths, y_lengths, cost, temperature)
-    return _run(backend, pairs, x_lengths, y_lengths, gamma, band, drop_cost)
+    arguments = _check(shape, x.device, x_lengths, y_lengths, gamma, band, drop_cost, bits, names=("x", "y"))
+    backend = _choose("soft_dtw", x.device, arguments, backend)
+    return _run(backend, reference.pair_cost(x, y, *arguments[:2], cost, temperature), arguments)
 
 
 def soft_dtw_from_cost(
@@ -89,13 +90,13 @@ def soft_dtw_from_cost(
     gamma: float | Tensor = 1.0,
     band: reference.Band = None,
     drop_cost: float | Tensor | None = None,
+    bits: int = 16,
     backend: str | None = None,
 ) -> Tensor:
     """Soft-DTW of a cost (B, N, M): (B,). Arguments as in the package's docstring."""
     cost = _check_cost(cost)
-    arguments = _check(cost.shape, cost.device, x_lengths, y_lengths, gamma, band, drop_cost)
-    backend = _choose("soft_dtw_from_cost", cost.device, arguments[2], arguments[4], backend)
-    return _run(backend, cost, *arguments)
+    arguments = _check(cost.shape, cost.device, x_lengths, y_lengths, gamma, band, drop_cost, bits)
+    return _run(_choose("soft_dtw_from_cost", cost.device, arguments, backend), cost, arguments)
 
 
 def soft_dtw_alignment(
@@ -106,25 +107,28 @@ def soft_dtw_alignment(
     gamma: float | Tensor = 1.0,
     band: reference.Band = None,
     drop_cost: float | Tensor | None = None,
+    bits: int = 16,
     backend: str | None = None,
 ) -> Tensor:
     """Expected alignment E = d soft_dtw / d cost, (B, N, M): how likely each cell is on the path, zero on padding.
 
     Arguments as in the package's docstring. Paths are distributed as exp(-cost of path / gamma); with ``drop_cost`` a
     row's sum is the expected number of its matches. E itself is differentiable where grad mode is on and an argument
-    requires grad, which "reference" serves; under torch.no_grad() or with cost.detach() the compiled backends do.
+    requires grad.
     """
     cost = _check_cost(cost)
-    arguments = _check(cost.shape, cost.device, x_lengths, y_lengths, gamma, band, drop_cost)
+    arguments = _check(cost.shape, cost.device, x_lengths, y_lengths, gamma, band, drop_cost, bits)
     sources = (cost, *(a for a in arguments if isinstance(a, Tensor)))
     differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in sources)
-    backend = _choose("soft_dtw_alignment", cost.device, arguments[2], arguments[4], backend, twice=differentiable)
+    backend = _choose("soft_dtw_alignment", cost.device, arguments, backend, twice=differentiable)
     if backend == "reference":
-        return reference.alignment(cost, *arguments, differentiable=differentiable)
-    x_lengths, y_lengths, gamma, band, _ = arguments
-    cost, band = _close_outside(cost, band)
-    value, probs = _compiled_forward(cost, x_lengths, y_lengths, gamma, band)
-    return torch.ops.lyra.soft_dtw_backward(torch.ones_like(value), probs, x_lengths, y_lengths, band)
+        return reference.alignment(cost, *arguments[:5], differentiable=differentiable)
+    if differentiable:
+        cost = cost if cost.requires_grad else cost.detach().requires_grad_()
+        return torch.autograd.grad(_run(backend, cost, arguments).sum(), cost, create_graph=True)[0]
+    sources, problem, options, store = _raw(cost, arguments)
+    value, probs = _forward(*sources, *problem, *options, store)
+    return _backward(torch.ones_like(value), *sources, *problem, value, probs, *options)[0]
 
 
 def dtw_path(
@@ -173,8 +177,20 @@ def _check_cost(cost: object) -> Tensor:
     return cost.to(torch.promote_types(cost.dtype, torch.float32))
 
 
-def _check(shape, device, x_lengths, y_lengths, gamma, band, drop_cost, names=("cost's rows", "cost's columns")):
-    """Returns the arguments common to all functions in the form that `reference.soft_dtw` takes."""
+class _Arguments(NamedTuple):
+    """What is common to all functions, checked, in the form that `reference.soft_dtw` takes; then what it does not."""
+
+    x_lengths: Tensor
+    y_lengths: Tensor
+    gamma: float | Tensor
+    band: reference.Band
+    drop_cost: Tensor | None
+    bits: int
+
+
+def _check(
+    shape, device, x_lengths, y_lengths, gamma, band, drop_cost, bits, names=("cost's rows", "cost's columns")
+) -> _Arguments:
     batch, rows, columns = shape
     x_lengths = check_lengths("x_lengths" if x_lengths is not None else names[0], x_lengths, batch, rows, device)
     y_lengths = check_lengths("y_lengths" if y_lengths is not None else names[1], y_lengths, batch, columns, device)
@@ -209,107 +225,185 @@ def _check(shape, device, x_lengths, y_lengths, gamma, band, drop_cost, names=("
         drop_cost = torch.full((batch, rows), float(drop_cost), dtype=torch.float64, device=device)
     elif drop_cost is not None:
         raise TypeError(f"drop_cost: got {type(drop_cost).__name__}, expected None, a float or a tensor")
-    return x_lengths, y_lengths, gamma, band, drop_cost
+    check_option("bits", bits, (16, 8))
+    return _Arguments(x_lengths, y_lengths, gamma, band, drop_cost, bits)
 
 
-def _choose(op, device, gamma, drop_cost, backend, *, twice=False) -> str:
-    if not isinstance(gamma, Tensor) and gamma == 0:
-        beyond = "gamma is 0"
-    elif drop_cost is not None:
-        beyond = "drop_cost is given"
-    elif twice:
-        beyond = "the alignment is to be differentiated"
-    else:
-        beyond = None
+# What the compiled backends do not serve yet.
+LACKS = {"cuda": {"gammas", "windows", "drop", "hard", "curvature"}, "cpu": set()}
+
+
+def _choose(op: str, device: torch.device, arguments: _Arguments, backend: str | None, *, twice: bool = False) -> str:
+    needs = {
+        "gammas": ("gamma is a tensor", isinstance(arguments.gamma, Tensor)),
+        "windows": ("band is a pair of tensors", isinstance(arguments.band, tuple)),
+        "drop": ("drop_cost is given", arguments.drop_cost is not None),
+        "hard": ("gamma is 0", not isinstance(arguments.gamma, Tensor) and arguments.gamma == 0),
+        "curvature": ("the alignment is to be differentiated", twice),
+    }
     why_not = {"reference": None}
     for name in ("cuda", "cpu"):
+        beyond = [why for need, (why, needed) in needs.items() if needed and need in LACKS[name]]
         if device.type != name:
             why_not[name] = f"the tensors are on {device.type}"
-        elif beyond is not None:
-            why_not[name] = f"{beyond}, which only 'reference' serves"
+        elif beyond:
+            why_not[name] = f"{beyond[0]}, which only 'reference' serves"
         else:
             why_not[name] = missing_kernel("soft_dtw_forward", name)
     return choose(op, why_not, backend)
 
 
-def _run(backend, cost, x_lengths, y_lengths, gamma, band, drop_cost) -> Tensor:
+def _run(backend: str, cost: Tensor, arguments: _Arguments) -> Tensor:
     if backend == "reference":
-        return reference.soft_dtw(cost, x_lengths, y_lengths, gamma, band, drop_cost)
-    cost, band = _close_outside(cost, band)
-    if torch.is_grad_enabled() and (cost.requires_grad or (isinstance(gamma, Tensor) and gamma.requires_grad)):
-        return _SoftDTW.apply(cost, gamma, x_lengths, y_lengths, band)
-    return _compiled_forward(cost, x_lengths, y_lengths, gamma, band)[0]
+        return reference.soft_dtw(cost, *arguments[:5])
+    sources, problem, options, store = _raw(cost, arguments)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in sources):
+        return _SoftDTW.apply(*sources, *problem, *options, store)
+    return _forward(*sources, *problem, *options, 0)[0]
 
 
-def _close_outside(cost: Tensor, band: reference.Band) -> tuple[Tensor, int]:
-    """The cost and the band of the compiled ops, which know int bands alone; infinite cells say all the others."""
-    if not isinstance(band, tuple):
-        return cost, -1 if band is None else band
-    low, high = band
-    column = torch.arange(cost.shape[2], device=cost.device)
-    return cost.masked_fill((column < low[:, :, None]) | (column > high[:, :, None]), math.inf), -1
+def _raw(cost: Tensor, arguments: _Arguments) -> tuple[tuple, tuple, tuple, int]:
+    """The arguments as the raw ops take them: (cost, gammas, drop), (lengths, windows), (gamma, band), store."""
+    x_lengths, y_lengths, gamma, band, drop, bits = arguments
+    gammas, low, high = None, None, None
+    if isinstance(gamma, Tensor):
+        gammas = gamma.to(torch.promote_types(gamma.dtype, torch.float32)).expand(cost.shape[0]).contiguous()
+        gamma = 1.0  # not used
+    if isinstance(band, tuple):
+        low, high = (bound.to(torch.int64).contiguous() for bound in band)
+    if drop is not None:
+        drop = drop.to(cost.dtype).contiguous()
+    store = 64 if cost.dtype == torch.float64 else bits
+    options = float(gamma), band if isinstance(band, int) else -1
+    return (cost, gammas, drop), (x_lengths, y_lengths, low, high), options, store
 
 
-def _compiled_forward(
-    cost: Tensor, x_lengths: Tensor, y_lengths: Tensor, gamma: float | Tensor, band: int
+def _forward(
+    cost: Tensor,
+    gammas: Tensor | None,
+    drop: Tensor | None,
+    x_lengths: Tensor,
+    y_lengths: Tensor,
+    low: Tensor | None,
+    high: Tensor | None,
+    gamma: float,
+    band: int,
+    store: int,
 ) -> tuple[Tensor, Tensor]:
-    if not isinstance(gamma, Tensor):
-        return torch.ops.lyra.soft_dtw_forward(cost, x_lengths, y_lengths, float(gamma), band)
-    # The op takes one number for all pairs. soft_dtw(C, gamma) = gamma soft_dtw(C / gamma, 1), with the same probs.
-    gamma = gamma.to(cost.dtype)
-    value, probs = torch.ops.lyra.soft_dtw_forward(cost / gamma.reshape(-1, 1, 1), x_lengths, y_lengths, 1.0, band)
-    return value * gamma, probs
+    return torch.ops.lyra.soft_dtw_forward(cost, x_lengths, y_lengths, gamma, gammas, band, low, high, drop, store)
+
+
+def _backward(
+    grad_value: Tensor,
+    cost: Tensor,
+    gammas: Tensor | None,
+    drop: Tensor | None,
+    x_lengths: Tensor,
+    y_lengths: Tensor,
+    low: Tensor | None,
+    high: Tensor | None,
+    value: Tensor,
+    probs: Tensor,
+    gamma: float,
+    band: int,
+    with_entropy: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    problem = x_lengths, y_lengths, cost.shape[1], cost.shape[2], band, low, high
+    return torch.ops.lyra.soft_dtw_backward(
+        grad_value, value, probs, *problem, drop is not None, gamma == 0, with_entropy
+    )
 
 
 class _SoftDTW(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, cost: Tensor, gamma: float | Tensor, x_lengths: Tensor, y_lengths: Tensor, band: int) -> Tensor:
-        value, probs = _compiled_forward(cost, x_lengths, y_lengths, gamma, band)
-        ctx.save_for_backward(value, probs, x_lengths, y_lengths)
-        ctx.band = band
-        ctx.gamma_like = (gamma.shape, gamma.dtype) if isinstance(gamma, Tensor) else None
+    def forward(ctx, cost, gammas, drop, x_lengths, y_lengths, low, high, gamma, band, store) -> Tensor:
+        value, probs = _forward(cost, gammas, drop, x_lengths, y_lengths, low, high, gamma, band, store)
+        ctx.save_for_backward(cost, gammas, drop, x_lengths, y_lengths, low, high, value, probs)
+        ctx.options = gamma, band
         return value
 
     @staticmethod
     def backward(ctx, grad_value: Tensor) -> tuple[Tensor | None, ...]:
-        grad_cost, grad_gamma = _SoftDTWBackward.apply(grad_value, *ctx.saved_tensors, ctx.band), None
-        if ctx.needs_input_grad[1]:
-            # Minus the entropy of the paths, summed from that of each cell's steps: (value - <cost, E>) / gamma would
-            # be the difference of two large numbers.
-            shape, dtype = ctx.gamma_like
-            grad_gamma = -(grad_cost * _step_entropy(ctx.saved_tensors[1])).sum(dim=(1, 2)).sum_to_size(shape).to(dtype)
-        return grad_cost, grad_gamma, None, None, None
+        return *_Gradient.apply(grad_value, *ctx.saved_tensors, *ctx.options), *[None] * 7
 
 
-def _step_entropy(probs: Tensor) -> Tensor:
-    """(B, N, M): entropy in nats of how the path came into each cell; the mark of a pair without a path counts as 0."""
-    diagonal, up = probs.unbind(dim=-1)
-    left = ((1 - diagonal) - up).clamp(min=0)
-    return sum(torch.special.entr(share) for share in (diagonal, up, left))
+class _Gradient(torch.autograd.Function):
+    """grad_value times the gradient of the value in cost, gammas and drop; its own derivative is the second one.
 
-
-class _SoftDTWBackward(torch.autograd.Function):
-    """A function of its own so that a second derivative meets words instead of a missing term.
-
-    ``value`` is here for that alone: it ties the gradient to the cost, which the probs of the forward op do not.
+    The cost is here for its place in the graph alone: all that is needed of it is in the shares.
     """
 
     @staticmethod
-    def forward(ctx, grad_value: Tensor, value: Tensor, probs: Tensor, x_lengths: Tensor, y_lengths: Tensor, band: int):
-        return torch.ops.lyra.soft_dtw_backward(grad_value, probs, x_lengths, y_lengths, band)
+    def forward(ctx, grad_value, cost, gammas, drop, *rest) -> tuple[Tensor | None, ...]:
+        tensors, options = rest[:6], rest[6:]
+        ctx.save_for_backward(grad_value, gammas, drop, *tensors)
+        ctx.shape, ctx.options = cost.shape, options
+        ctx.set_materialize_grads(False)
+        of_gamma = gammas is not None and ctx.needs_input_grad[2]
+        grad_cost, grad_drop, entropy = _backward(grad_value, cost, gammas, drop, *rest, of_gamma)
+        # d value / d gamma is minus the entropy of the paths, summed from that of each cell's steps:
+        # (value - <cost, E>) / gamma would be the difference of two large numbers.
+        grad_gamma = (-grad_value * entropy).to(gammas.dtype) if of_gamma else None
+        return grad_cost, grad_gamma, None if drop is None else grad_drop
 
     @staticmethod
-    def backward(ctx, grad_cost: Tensor) -> None:
-        raise NotImplementedError("soft_dtw: the compiled backends have no second derivative; pass backend='reference'")
+    @once_differentiable
+    def backward(
+        ctx, along: Tensor | None, along_gamma: Tensor | None, along_drop: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        if along is None and along_gamma is None and along_drop is None:
+            return (None,) * 12
+        grad_value, gammas, drop, x_lengths, y_lengths, low, high, value, probs = ctx.saved_tensors
+        if "curvature" in LACKS[value.device.type]:
+            raise NotImplementedError("soft_dtw: the CUDA kernels have no second derivative; pass backend='reference'")
+        slope, grad_cost, grad_drop, grad_gamma = torch.ops.lyra.soft_dtw_curvature(
+            grad_value,
+            value,
+            probs,
+            x_lengths,
+            y_lengths,
+            ctx.options[0],
+            gammas,
+            ctx.options[1],
+            low,
+            high,
+            drop is not None,
+            value.new_zeros(ctx.shape) if along is None else along,
+            along_drop,
+            None if along_gamma is None else along_gamma.to(value.dtype),
+        )
+        grad_gamma = None if gammas is None else grad_gamma.to(gammas.dtype)
+        return slope, grad_cost, grad_gamma, None if drop is None else grad_drop, *[None] * 8
 
 
 if missing_kernel("soft_dtw_forward", "cpu") is None:
 
     @torch.library.register_fake("lyra::soft_dtw_forward")
-    def _(cost, x_lengths, y_lengths, gamma, band):
+    def _(cost, x_lengths, y_lengths, gamma, gammas, band, low, high, drop, store):
         batch, rows, columns = cost.shape
-        return cost.new_empty(batch), cost.new_empty(batch, rows, columns, 2)
+        if cost.device.type == "cuda":
+            return cost.new_empty(batch), cost.new_empty(batch, rows, columns, 2)
+        # csrc/soft_dtw/stripes.h: most_steps, record_bytes
+        lanes, reach = 8, 15
+        stripes = (rows + lanes - 1) // lanes
+        steps = stripes * (columns + reach)
+        if band >= 0:
+            steps = torch.sym_min(steps, stripes * (2 * torch.sym_min(band, columns) + 2 + reach) + 2 * columns)
+        record = lanes * (8 if store == 64 else store // 8) * (2 if drop is None else 3)
+        return cost.new_empty(batch), cost.new_empty(batch, steps * record, dtype=torch.uint8)
 
     @torch.library.register_fake("lyra::soft_dtw_backward")
-    def _(grad_value, probs, x_lengths, y_lengths, band):
-        return probs.new_empty(probs.shape[:3])
+    def _(grad_value, value, probs, x_lengths, y_lengths, rows, columns, band, low, high, dropping, hard, with_entropy):
+        batch = value.shape[0]
+        return (
+            value.new_empty(batch, rows, columns),
+            value.new_empty((batch, rows) if dropping else 0),
+            value.new_empty(batch if with_entropy else 0),
+        )
+
+    @torch.library.register_fake("lyra::soft_dtw_curvature")
+    def _(grad_value, value, probs, *rest):
+        dropping, along = rest[7:9]
+        batch, rows, _ = along.shape
+        grad_drop = value.new_empty((batch, rows) if dropping else 0)
+        return value.new_empty(batch), value.new_empty(along.shape), grad_drop, value.new_empty(batch)

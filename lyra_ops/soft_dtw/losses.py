@@ -68,7 +68,7 @@ class SoftDTWLoss(nn.Module):
             learned.
         divergence: S is `soft_dtw_divergence` (band: None or an int; no contrastive cost, no drop_cost).
         normalize: length that each sample's value is divided by: None (1), "x" (n), "y" (m) or "path", the expected
-            number of matched cells of x with y (`soft_dtw_statistics`, "reference" while training).
+            number of matched cells of x with y (`soft_dtw_statistics`).
         reduction: "mean" or "sum" of the samples that are not left out, or "none": (B,), 0 for those left out.
 
     A sample whose x or y has length 0 adds nothing to value or gradient, whatever its tensors hold; a batch of nothing

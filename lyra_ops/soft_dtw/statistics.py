@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lyra_ops._checks import FLOAT_DTYPES, check_lengths, check_tensor
-from lyra_ops.soft_dtw import check_features, reference, soft_dtw_from_cost
+from lyra_ops.soft_dtw import LACKS, check_features, reference, soft_dtw_from_cost
 
 
 class SoftDTWStatistics(NamedTuple):
@@ -51,17 +51,18 @@ def soft_dtw_statistics(
     gamma = 0: the best path alone, entropy 0. A pair without any path: value and expected cost +inf, the rest 0.
 
     All fields are differentiable where grad mode is on and cost, gamma or drop_cost requires grad. These are second
-    derivatives of the value, which "reference" serves (slower, for a loss of this kind on short pairs); under
-    torch.no_grad() or for cost.detach() the compiled backends do.
+    derivatives of the value, which on a GPU "reference" serves alone (slower, for a loss of this kind on short pairs);
+    under torch.no_grad() or for cost.detach() "cuda" does.
     """
     check_tensor("cost", cost, shape=("B", "N", "M"), dtypes=FLOAT_DTYPES)
     cost = cost.to(torch.promote_types(cost.dtype, torch.float32))
     differentiable = torch.is_grad_enabled() and any(
         isinstance(t, Tensor) and t.requires_grad for t in (cost, gamma, drop_cost)
     )
-    if differentiable and backend is None:
+    only_once = differentiable and "curvature" in LACKS.get(cost.device.type, ())
+    if only_once and backend is None:
         backend = "reference"
-    elif differentiable and backend != "reference":
+    elif only_once and backend != "reference":
         raise ValueError(
             f"backend: {backend!r} cannot serve this call of soft_dtw_statistics: its results are to be differentiated"
         )
