@@ -46,6 +46,10 @@ class Workload:
     costs: dict[str, Cost]  # per direction: FORWARD, BOTH
     items: tuple[str, int]  # what to count per second, for example ("cells", 614400)
     budget: tuple[int, float] = (7, 1.0)  # on a CPU: at least so many runs, and more for so many seconds
+    # (ours, plain, exact, name): raises AssertionError where ours, an output or a gradient, is not good enough.
+    judge: Callable[[Tensor, Tensor, Tensor, str], None] = lambda ours, plain, exact, name: (
+        assert_within_reference_error(ours, plain, exact, name=name)
+    )
 
 
 @dataclass
@@ -141,7 +145,7 @@ def gate(workload: Workload) -> dict[str, float]:
         if ours_to_judge:
             for k, (ours, theirs, truth) in enumerate(zip(got, plain, exact)):
                 try:
-                    assert_within_reference_error(ours, theirs, truth, name=f"gradient {k}" if k else "output")
+                    workload.judge(ours, theirs, truth, f"gradient {k}" if k else "output")
                 except AssertionError as error:
                     raise WrongResult(f"{name} on {workload.name}: {error}") from None
         pairs = list(zip(got, exact))[1 if direction == BOTH else 0 :]

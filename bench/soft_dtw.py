@@ -20,12 +20,25 @@ def workloads(device: str, quick: bool) -> Iterator[Workload]:
     if quick:
         yield from_cost(device, 4, (60, 60), (30, 30))
         yield from_cost(device, 4, (30, 60), (10, 30))
+        yield banded(device, 1, 300, 200, 16)
         yield from_features(device, 4, (30, 60), (10, 30), 64)
         return
     yield from_cost(device, 32, (300, 300), (64, 64))
     yield from_cost(device, 32, (1500, 1500), (200, 200))
+    yield from_cost(device, 1, (1500, 1500), (200, 200))
     yield from_cost(device, 120, (150, 375), (20, 110))
-    yield from_features(device, 32, (150, 300), (20, 64), 576)
+    yield banded(device, 8 if device == "cuda" else 1, 8192, 8192, 512)  # 8 pairs and their truth would take 13 GB
+    yield banded(device, 1, 36000, 9000, 512)
+    for dim in (576, 3584):
+        yield from_features(device, 32, (150, 300), (20, 64), dim)
+        yield products(device, 32, 300, 64, dim)
+
+
+def bounds(ours: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor, name: str) -> None:
+    """What is promised: 1e-6 for the value, 1e-4 (relative L2) for a gradient, NaN nowhere."""
+    error = ((ours.double() - exact).norm() / exact.norm()).item()
+    if not error <= (1e-6 if name == "output" else 1e-4):
+        raise AssertionError(f"{name}: relative L2 error {error:.1e}")
 
 
 def lengths(device: str, batch: int, least_and_most: tuple[int, int]) -> torch.Tensor:
@@ -52,9 +65,39 @@ def from_cost(device: str, batch: int, rows: tuple[int, int], columns: tuple[int
         inputs=inputs,
         implementations=ours | theirs,
         plain=lambda cost: reference.soft_dtw(cost, n, m, GAMMA),
-        # The probabilities kept for backward (8 bytes) are the kernels' own choice, so they are no part of the floor.
+        # The shares kept for backward (4 bytes) are the kernels' own choice, so they are no part of the floor.
         costs={FORWARD: Cost(4 * cells, 25 * cells), BOTH: Cost(8 * cells, 31 * cells)},
         items=("cells", cells),
+        judge=bounds,
+    )
+
+
+def banded(device: str, batch: int, rows: int, columns: int, band: int) -> Workload:
+    """Long pairs with an int band, which no peer can limit its work and memory to.
+
+    The truth is our own kernel in float64: the reference would need the memory of a graph over all cells.
+    """
+    n, m = (torch.full((batch,), size, device=device) for size in (rows, columns))
+    i = torch.arange(rows, device=device)
+    middle, reach = i * (columns - 1) / (rows - 1), max(band, (columns - 1) / (rows - 1) / 2 + 0.5)
+    high, low = (middle + reach).floor().clamp(max=columns - 1), (middle - reach).ceil().clamp(min=0)
+    cells = batch * int((high - low + 1).sum())
+
+    def inputs() -> tuple[torch.Tensor]:
+        return (10 * torch.rand(batch, rows, columns, device=device),)
+
+    def ours(cost: torch.Tensor) -> torch.Tensor:
+        return lyra_ops.soft_dtw_from_cost(cost, n, m, gamma=GAMMA, band=band, backend=device)
+
+    return Workload(
+        name=f"cost given, {batch} x {rows} x {columns}, band {band}, gamma {GAMMA}",
+        inputs=inputs,
+        implementations={f"lyra ({device})": ours},
+        plain=lambda cost: ours(cost.double()),
+        costs={FORWARD: Cost(4 * cells, 25 * cells), BOTH: Cost(8 * cells, 31 * cells)},
+        items=("cells", cells),
+        budget=(3, 1.0),
+        judge=bounds,
     )
 
 
@@ -89,6 +132,30 @@ def from_features(device: str, batch: int, rows: tuple[int, int], columns: tuple
         costs={
             FORWARD: Cost(features, (2 * dim + 25) * cells),
             BOTH: Cost(2 * features, (6 * dim + 31) * cells),
+        },
+        items=("cells", cells),
+        judge=bounds,
+    )
+
+
+def products(device: str, batch: int, rows: int, columns: int, dim: int) -> Workload:
+    """What no soft-DTW from features can do without: one batched product forward, two more backward."""
+
+    def inputs() -> tuple[torch.Tensor, ...]:
+        return tuple(torch.randn(batch, size, dim, device=device) for size in (rows, columns))
+
+    def product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(x, y.mT)
+
+    cells, features = batch * rows * columns, 4 * batch * dim * (rows + columns)
+    return Workload(
+        name=f"matrix products alone, features of {dim}, {batch} x {rows} x {columns}",
+        inputs=inputs,
+        implementations={"torch.bmm": product},
+        plain=product,
+        costs={
+            FORWARD: Cost(features + 4 * cells, 2 * dim * cells),
+            BOTH: Cost(2 * features + 8 * cells, 6 * dim * cells),
         },
         items=("cells", cells),
     )

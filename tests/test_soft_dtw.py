@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lyra_ops
 from lyra_ops import backend_of, dtw_path, soft_dtw, soft_dtw_alignment, soft_dtw_from_cost
-from lyra_ops.soft_dtw import LACKS
+from lyra_ops.soft_dtw import LACKS, features
 
 SMALL = [(1, 1), (1, 4), (4, 1), (3, 5), (5, 4)]
 COSTS = ["sqeuclidean", "l1", "cosine", "contrastive"]
@@ -247,6 +247,36 @@ def test_no_cost_expands_the_features(cost: str) -> None:
     with _LargestTensor() as seen:
         soft_dtw(x, y, cost=cost).sum().backward()
     assert seen.nbytes < 8 * 2 * 20 * 10 * 64 / 2
+
+
+def test_features_in_blocks_are_the_reference_whatever_the_block(monkeypatch) -> None:
+    n, m = ragged(7, 19, 11)
+    gamma = torch.linspace(0.5, 1.5, 7).double().requires_grad_()
+    drop = (random(7, 19, seed=3).abs() + 0.3).requires_grad_()
+    for cost in COSTS:
+        results = []
+        for backend, block in (("reference", None), ("cpu", 1), ("cpu", 2 * 8 * 19 * 11), ("cpu", 1 << 30)):
+            monkeypatch.setattr(features, "BLOCK_BYTES", block)
+            x, y = random(7, 19, 5).requires_grad_(), random(7, 11, 5, seed=1).requires_grad_()
+            with torch.no_grad():  # padding may hold anything
+                x[n[:, None] <= torch.arange(19)] = math.nan
+                y[m[:, None] <= torch.arange(11)] = math.nan
+            value = soft_dtw(x, y, n, m, cost=cost, gamma=gamma, drop_cost=drop, backend=backend)
+            sources = (x, y, gamma, drop)
+            results.append((value.detach(), *torch.autograd.grad(value @ torch.arange(1.0, 8).double(), sources)))
+        for got in results[1:]:
+            for a, b in zip(got, results[0]):
+                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+        for a, b in zip(results[1], results[3]):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+def test_features_never_hold_the_cost_of_the_whole_batch(monkeypatch) -> None:
+    monkeypatch.setattr(features, "BLOCK_BYTES", 1 << 20)
+    x, y = random(64, 200, 8).float().requires_grad_(), random(64, 100, 8).float().requires_grad_()
+    with _LargestTensor() as seen:
+        soft_dtw(x, y, gamma=0.5).sum().backward()
+    assert seen.nbytes < 64 * 200 * 100 * 4 / 2
 
 
 @pytest.mark.parametrize("cost", COSTS)

@@ -285,8 +285,22 @@ def test_a_wide_band_is_no_band(backend: str) -> None:
             assert torch.equal(a, b)
 
 
-def test_threads_change_nothing() -> None:
-    cost, lengths = random(40, 30, 20).float(), ragged(40, 30, 20)
+@pytest.mark.parametrize(("bits", "dropping", "most"), [(16, False, 5), (8, False, 2.5), (16, True, 7.5)])
+def test_backward_keeps_a_few_bytes_per_cell_of_the_band(bits: int, dropping: bool, most: float) -> None:
+    n, w = 2048, 128
+    cost = random(1, n, n, dtype=torch.float32).requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        value = soft_dtw_from_cost(cost, band=w, bits=bits, drop_cost=1.0 if dropping else None, backend="cpu")
+    ours = sum(t.nbytes for t in kept if t.data_ptr() != cost.data_ptr())
+    cells = int(reference.inside_band(torch.tensor([n]), torch.tensor([n]), n, n, w).sum())
+    assert ours <= most * cells
+    assert torch.autograd.grad(value.sum(), cost)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("batch", [40, 1])  # threads share the batch, or the pair
+def test_threads_change_nothing(batch: int) -> None:
+    cost, lengths = random(batch, 150, 70).float(), ragged(batch, 150, 70)
     threads = torch.get_num_threads()
     try:
         results = []

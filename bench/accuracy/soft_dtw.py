@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterator
 from datetime import datetime, timezone
+from functools import partial
 
 import numba
 import numpy as np
@@ -89,8 +90,11 @@ def contrastive(n: int, m: int) -> torch.Tensor:
 
 
 def judged(device: str, band: int | None) -> dict:
-    ours = {"lyra": lambda cost, n, m, gamma: lyra_ops.soft_dtw_from_cost(cost, n, m, gamma=gamma, band=band)}
-    return ours if band is not None else ours | implementations(device, ragged=False)
+    def ours(cost: torch.Tensor, n: torch.Tensor, m: torch.Tensor, gamma: float, bits: int) -> torch.Tensor:
+        return lyra_ops.soft_dtw_from_cost(cost, n, m, gamma=gamma, band=band, bits=bits, backend=device)
+
+    named = {"lyra": partial(ours, bits=16), "lyra, bits=8": partial(ours, bits=8)}
+    return named if band is not None else named | implementations(device, ragged=False)
 
 
 def errors(function, cost: torch.Tensor, gamma: float, value: float, expected: np.ndarray) -> dict:

@@ -42,8 +42,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lyra, m) {
       "soft_dtw_forward(Tensor cost, Tensor x_lengths, Tensor y_lengths, float gamma, Tensor? gammas, int band,"
       " Tensor? low, Tensor? high, Tensor? drop, int store) -> (Tensor value, Tensor probs)");
   m.def(
-      "soft_dtw_backward(Tensor grad_value, Tensor value, Tensor probs, Tensor x_lengths, Tensor y_lengths, int rows,"
-      " int columns, int band, Tensor? low, Tensor? high, bool dropping, bool hard, bool with_entropy)"
+      "soft_dtw_backward(Tensor grad_value, Tensor value, Tensor probs, Tensor x_lengths, Tensor y_lengths,"
+      " SymInt rows, SymInt columns, int band, Tensor? low, Tensor? high, bool dropping, bool hard, bool with_entropy)"
       " -> (Tensor grad_cost, Tensor grad_drop, Tensor entropy)");
   m.def(
       "soft_dtw_curvature(Tensor grad_value, Tensor value, Tensor probs, Tensor x_lengths, Tensor y_lengths,"

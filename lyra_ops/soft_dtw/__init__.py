@@ -79,6 +79,10 @@ def soft_dtw(
     shape = check_features(x, y, cost, temperature)
     arguments = _check(shape, x.device, x_lengths, y_lengths, gamma, band, drop_cost, bits, names=("x", "y"))
     backend = _choose("soft_dtw", x.device, arguments, backend)
+    if backend == "cpu" and not torch.compiler.is_compiling():
+        from lyra_ops.soft_dtw import features
+
+        return features.soft_dtw(x, y, arguments, cost, temperature)
     return _run(backend, reference.pair_cost(x, y, *arguments[:2], cost, temperature), arguments)
 
 
