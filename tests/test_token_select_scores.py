@@ -419,8 +419,9 @@ def test_compiled_on_a_cpu():
 def test_backend_by_name():
     query, key, _ = sample(2, 3)
     assert lyra_ops.backend_of(lyra_ops.token_scores, query, key) == "reference"
-    with pytest.raises(ValueError, match="backend: 'cuda' cannot serve this call of token_scores"):
-        lyra_ops.token_scores(query, key, backend="cuda")
+    for backend in ("cuda", "triton"):
+        with pytest.raises(ValueError, match=f"backend: '{backend}' cannot serve this call of token_scores"):
+            lyra_ops.token_scores(query, key, backend=backend)
 
 
 Q, K = torch.zeros(2, 4, 3, 8), torch.zeros(2, 2, 5, 8)

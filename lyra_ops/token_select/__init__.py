@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from importlib.util import find_spec
 from numbers import Integral, Real
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from lyra_ops._checks import FLOAT_DTYPES, INT_DTYPES, check_option, check_tenso
 from lyra_ops.token_select import reference
 
 LAYOUTS = ("right", "left", "packed")
+_TRITON = find_spec("lyra_ops.token_select.triton")  # imported by the first call that may use it
 
 
 class TokenSelection(NamedTuple):
@@ -209,12 +211,41 @@ def _score(
     if key_bias is not None:
         key_bias = key_bias.to(torch.float64 if query.dtype == torch.float64 else torch.float32)
     why_not = {**_why_not_compiled("scores", query), "reference": None}
+    most = 128 if query.dtype == torch.float32 else 256
     if query.device.type == "cpu" and query.dtype == torch.float64:
         why_not["cpu"] = "it computes in float32, and query is float64"
-    compiled = choose("token_scores", why_not, backend) != "reference"
-    raw_op = torch.ops.lyra.token_select_scores if compiled else reference.token_scores
-    options = head_weights, float(scale), causal, lse, per_head, *packed
-    return raw_op(query, key, query_mask, key_mask, key_limits, key_bias, *options)
+    elif why_not["cuda"] is None and dim > most:
+        why_not["cuda"] = f"its tiles hold {most} channels of {query.dtype}, and query has {dim}"
+    if query.device.type == "cuda" or backend == "triton":  # else nothing of Triton is imported
+        why_not["triton"] = _why_not_triton(query, packed)
+    arguments = (
+        query,
+        key,
+        query_mask,
+        key_mask,
+        key_limits,
+        key_bias,
+        head_weights,
+        float(scale),
+        causal,
+        lse,
+        per_head,
+    )
+    chosen = choose("token_scores", why_not, backend)
+    if chosen == "triton":
+        from lyra_ops.token_select import triton
+
+        return triton.token_scores(*arguments)
+    raw_op = reference.token_scores if chosen == "reference" else torch.ops.lyra.token_select_scores
+    return raw_op(*arguments, *packed)
+
+
+def _why_not_triton(query: Tensor, packed: tuple[Tensor | None, ...]) -> str | None:
+    if _TRITON is None:
+        return "not written yet"
+    from lyra_ops.token_select import triton
+
+    return triton.why_not(query) if packed[0] is None else "it takes padded batches alone"
 
 
 @torch.no_grad()
