@@ -284,24 +284,6 @@ std::vector<Tensor> gather_tokens(const std::vector<Tensor>& tensors, const Tens
   return results;
 }
 
-// --- all three -----------------------------------------------------------------------------------------------------
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> extract_tokens(
-    const Tensor& query, const Tensor& key, const Tensor& candidates, const std::vector<Tensor>& tensors,
-    const std::optional<Tensor>& query_mask, const std::optional<Tensor>& key_mask,
-    const std::optional<Tensor>& key_limits, const std::optional<Tensor>& key_bias,
-    const std::optional<Tensor>& head_weights, double scale, bool causal, const std::optional<Tensor>& lse,
-    const std::optional<Tensor>& segments, const std::optional<Tensor>& keep, std::optional<double> share,
-    std::optional<int64_t> count, int64_t min_keep, int64_t capacity, int64_t layout, std::vector<bool> planes,
-    std::vector<double> fill) {
-  const Tensor scores = token_scores(query, key, query_mask, key_mask, key_limits, key_bias, head_weights, scale,
-                                     causal, lse, false, std::nullopt, std::nullopt);
-  const auto [index, lengths, inverse] = select_tokens(scores, candidates, key_mask, segments, keep, share, count,
-                                                       min_keep, capacity, layout, std::nullopt);
-  const auto outputs = gather_tokens(tensors, index, planes, fill, layout == kernels::kPacked);
-  return {scores, index, lengths, inverse, outputs};
-}
-
 }  // namespace
 }  // namespace lyra
 
@@ -309,5 +291,4 @@ STABLE_TORCH_LIBRARY_IMPL(lyra, CUDA, m) {
   m.impl("token_select_scores", TORCH_BOX(&lyra::token_scores));
   m.impl("token_select_select", TORCH_BOX(&lyra::select_tokens));
   m.impl("token_select_gather", TORCH_BOX(&lyra::gather_tokens));
-  m.impl("token_select_extract", TORCH_BOX(&lyra::extract_tokens));
 }
