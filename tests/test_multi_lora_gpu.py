@@ -244,6 +244,19 @@ def test_errors_name_the_argument(kernels):
         run_outer(kernels, replace(p, drop=70000))
 
 
+def test_operators_are_registered_as_they_behave(compiled_plan):
+    p = on_gpu(make(Case(70, (8, 3), 40, BF16, per_token=2, drop=9000)))
+    h, y, plan = p.h.nan_to_num(), p.x.nan_to_num(), tuple(p.plan.values())
+    ops, tests = torch.ops.lyra, ("test_schema", "test_faketensor")
+    for op, arguments in (
+        (compiled_plan, (p.ids, 2)),
+        (ops.multi_lora_shrink_, (h, y, p.bank, p.table, *plan, p.seed, p.drop)),
+        (ops.multi_lora_expand_, (y, h, p.bank, p.table, p.scaling, plan[0], p.weights, plan[4], p.seed, p.drop)),
+        (ops.multi_lora_outer, (h, y, p.table, p.scaling, p.weights, *plan[1:4], p.seed, p.drop, p.rows)),
+    ):
+        torch.library.opcheck(op, arguments, test_utils=tests)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_runs_on_the_device_of_its_input(kernels):
     p = make(Case(70, (8, 3), 40, BF16))

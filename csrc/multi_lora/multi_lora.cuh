@@ -33,8 +33,8 @@
 // Cost for M routed tokens of one adapter of rank r and 16-bit T: each of the three 2 M r D FLOPs; shrink reads M D,
 // expand reads and writes M D, outer reads M D numbers. Floor, H100 at 3.0 TB/s, M = 8192, D = 3584, r = 64 (3.8
 // GFLOP, 4.7 us at 800 TFLOP/s): shrink 20 us, expand 39 us, outer 20 us; M = 1: 0.46 MB of bank, 0.15 us each. None of
-// it has been timed on a GPU yet. Launches: shrink 1 or 2, expand 1, outer 2. Shared memory per block: shrink 34 KB,
-// expand 33 KB (float32 50), outer 26 (50).
+// it has been timed on a GPU yet. Launches: plan 1, shrink 1 or 2, expand 1, outer 2. Shared memory per block: shrink
+// 34 KB, expand 33 KB (float32 50), outer 26 (50).
 //
 // Registers per thread, at most, spills none (tests/test_compile_budget.py reads these lines):
 //   budget sm_80: shrink_kernel<float> 112, shrink_kernel<lyra::Bf16> 120, shrink_kernel<lyra::Half> 120,

@@ -1,7 +1,8 @@
 """The kernels of multi_lora in Triton: for GPUs that the compiled library has no code for, and as its cross-check.
 
-`shrink_`, `expand_` and `outer` compute what those of `kernels` do, from the same plan, and the same dropout mask. None
-waits for the GPU; all sums have a fixed order, which for a token's row depends on the row's length alone.
+`shrink_`, `expand_` and `outer` compute what those of `kernels` do, in float32, bfloat16 or float16, from the same plan
+and with the same dropout mask. None waits for the GPU; all sums have a fixed order, which for a token's row depends on
+the row's length alone.
 """
 
 from __future__ import annotations
@@ -9,42 +10,22 @@ from __future__ import annotations
 import os
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
-
 TILE = 64  # tokens of a tile, pairs of a chunk: the plan's
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def why_not(x: Tensor) -> str | None:
-    """Why these kernels cannot serve a call with this x; None if they can."""
-    if triton is None:
-        return "triton is not installed: pip install triton"
-    if x.device.type != "cuda" and not INTERPRETED:
-        return f"the tensors are on {x.device.type}"
-    if x.dtype not in DTYPES:
-        return f"x is {str(x.dtype).removeprefix('torch.')}, and its kernels know float32, bfloat16 and float16"
-    return None
-
-
-def _jit(kernel):
-    return kernel if triton is None else triton.jit(kernel)
-
-
-@_jit
+@triton.jit
 def _dot(a, b, WIDE: tl.constexpr):
     if WIDE:  # the interpreter's product takes the bits of bfloat16 for whole numbers
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, input_precision="ieee")
 
 
-@_jit
+@triton.jit
 def _rounded(x, like, WIDE: tl.constexpr):
     """x float32 in the dtype of `like`, to nearest even."""
     if WIDE and like.dtype == tl.bfloat16:  # the interpreter cuts off
@@ -53,7 +34,7 @@ def _rounded(x, like, WIDE: tl.constexpr):
     return x.to(like.dtype)
 
 
-@_jit
+@triton.jit
 def _kept(seed, tokens, first_column, drop, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """(ROWS, COLUMNS) bool: what dropout keeps; first_column and COLUMNS are multiples of 8."""
     eighths = first_column // 8 + tl.arange(0, COLUMNS // 8)
@@ -68,7 +49,7 @@ def _kept(seed, tokens, first_column, drop, ROWS: tl.constexpr, COLUMNS: tl.cons
     return tl.reshape(signed, (ROWS, COLUMNS)) >= drop - 32768
 
 
-@_jit
+@triton.jit
 def _shrink_kernel(
     h, x, bank, table, starts, pairs, chunks, seed, drop, x_row, size, width, per_token,
     MASKED: tl.constexpr, PAIRS: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -100,7 +81,7 @@ def _shrink_kernel(
     tl.store(h + pair[:, None] * width + column + ranks[None, :], acc, mask=real[:, None] & (ranks < rank)[None, :])
 
 
-@_jit
+@triton.jit
 def _expand_kernel(
     y, h, bank, table, scaling, ids, weights, present, seed, drop, tokens, size, width, per_token, adapters,
     WEIGHTED: tl.constexpr, MASKED: tl.constexpr, TOKENS: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -151,7 +132,7 @@ def _expand_kernel(
         tl.store(at, _rounded(base.to(tl.float32) + acc, base, WIDE), mask=keep)
 
 
-@_jit
+@triton.jit
 def _outer_kernel(
     out, h, z, table, scaling, weights, starts, pairs, seed, drop, z_row, size, width, per_token,
     WEIGHTED: tl.constexpr, MASKED: tl.constexpr, PAIRS: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr,
