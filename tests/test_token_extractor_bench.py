@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from bench.model import prefill
+from bench.model import prefill, recall
 
 
 @pytest.fixture
@@ -46,3 +46,22 @@ def test_prefill_writes_what_it_measured(small, tmp_path):
     for run in runs:
         assert [row["variant"] for row in run["rows"]] == [name for name, *_ in prefill.variants([0.7])]
         assert all(row["seconds"]["median"] > 0 for row in run["rows"])
+
+
+def test_recall_writes_figures_and_a_plot(tmp_path):
+    assert recall.main(["--seeds", "1", "--steps", "2", "--questions", "16", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "recall.json").read_text())["rows"]
+    assert len(rows) == 2 * len(recall.LAYERS) * len(recall.SCORES) * len(recall.SHARES)
+    whole = [r for r in rows if r["share"] == 1]
+    assert all(r["kept"] == 1 for r in whole)
+    assert len({(r["trained_with_dropping"], r["right"]) for r in whole}) <= 2  # the score has no say
+    for row in rows:
+        if row["score"] == "uniform" and row["share"] == 0.5:
+            assert 0.1 < row["kept"] < 0.9
+    assert (tmp_path / "recall.png").stat().st_size > 10_000
+
+
+def test_a_question_asks_for_one_of_its_pairs():
+    keys, values, place = recall.questions(50, torch.Generator().manual_seed(0))
+    assert all(len(set(row.tolist())) == recall.PAIRS for row in keys)
+    assert keys.max() < recall.KEYS and values.max() < recall.VALUES and place.max() < recall.PAIRS
