@@ -5,11 +5,13 @@
 // on, so a kernel that relies on an accident of timing shows it in one order or the other:
 //   kForward / kReverse   always the lowest / highest thread that can run: one warp gets as far ahead as it may
 //   kShuffled             any of them, drawn from `seed`
+// With `resident` > 0 that many blocks run at once, as on a GPU that has room for no more, and `order` also says which
+// block begins next: so blocks that wait for each other show it where they rely on who begins first, or on company.
 // Shared memory starts as NaN. `exchange_load` and `exchange_store` are checked for races, in whatever order the fibers
 // happened to run: two accesses to a place by different threads, one of them a write, need a barrier between them
 // (__syncthreads, or __syncwarp within a warp; a shuffle or vote orders no memory). A launch that met a race, a
 // deadlock, or threads of a block at different barriers throws. What is handed over under a flag that the reader waits
-// for with `spin_wait`, or by atomics, is not checked for races; the orders alone judge it.
+// for with `spin_wait`, by `post` and `peek`, or by atomics, is not checked for races; the orders alone judge it.
 #pragma once
 
 #include <setjmp.h>
@@ -53,6 +55,7 @@ struct Settings {
   Order order = kForward;
   unsigned seed = 0;
   size_t shared_bytes = 227 * 1024;
+  int resident = 0;  // blocks that run at once; 0: one after the other, the first first
 };
 
 inline Settings& settings() {
@@ -73,6 +76,7 @@ struct Fiber {
   State state = kReady;
   const char* waits_at = nullptr;  // name of the barrier or warp operation
   uint64_t value = 0;              // offered to the others there
+  uint64_t offered = 0;            // what they get, until the next operation
   unsigned mask = 0;
 };
 
@@ -88,31 +92,47 @@ struct History {
   std::vector<Access> reads;  // since that write
 };
 
+// A place for a block to run in.
+struct Residence {
+  int block = -1;  // none
+  int left = 0;    // threads that are not through
+  int64_t block_barriers = 0;
+  uint64_t block_result = 0;
+  std::vector<uint64_t> shared;
+  std::vector<int64_t> warp_barriers;
+  std::unordered_map<const void*, History> touched;  // in `shared`
+};
+
 class Device {
  public:
   void run(std::function<void()> kernel, int blocks, int threads, size_t shared_bytes) {
     kernel_ = std::move(kernel);
-    while (static_cast<int>(fibers_.size()) < threads) fibers_.emplace_back();
+    const int places = settings().resident > 0 ? std::min(settings().resident, blocks) : std::min(1, blocks);
+    while (static_cast<int>(fibers_.size()) < places * threads) fibers_.emplace_back();
     threads_ = threads;
+    places_.assign(places, {});
     random_.seed(settings().seed);
     touched_.clear();
     error_.clear();
     idle_rounds_ = 0;
     blockDim = {static_cast<unsigned>(threads), 1, 1};
     gridDim = {static_cast<unsigned>(blocks), 1, 1};
-    for (int b = 0; b < blocks && error_.empty(); ++b) {
-      blockIdx = {static_cast<unsigned>(b), 0, 0};
-      shared_.assign(shared_bytes / sizeof(uint64_t) + 2, ~uint64_t{0});  // NaN in any float type
-      std::erase_if(touched_, [this](const auto& place) {
-        return place.first >= shared_.data() && place.first < shared_.data() + shared_.size();
-      });
-      run_block();
+    waiting_.resize(blocks);
+    for (int k = 0; k < blocks; ++k) waiting_[k] = blocks - 1 - k;  // the back begins first
+    if (settings().resident > 0 && settings().order == kReverse) std::reverse(waiting_.begin(), waiting_.end());
+    if (settings().resident > 0 && settings().order == kShuffled)
+      std::shuffle(waiting_.begin(), waiting_.end(), random_);
+    for (Residence& place : places_) begin_block(place, shared_bytes);
+    while (error_.empty() && run_some()) {
+      for (Residence& place : places_) {
+        if (place.block >= 0 && place.left == 0) begin_block(place, shared_bytes);
+      }
     }
     if (!error_.empty()) throw std::runtime_error(error_);
   }
 
   char* shared() {  // 16-byte aligned
-    const auto at = reinterpret_cast<uintptr_t>(shared_.data());
+    const auto at = reinterpret_cast<uintptr_t>(place().shared.data());
     return reinterpret_cast<char*>((at + 15) & ~uintptr_t{15});
   }
 
@@ -121,7 +141,7 @@ class Device {
   uint64_t wait_for_block(const char* where, uint64_t value) {
     self().value = value;
     wait(kAtBlockBarrier, where);
-    return block_result_;
+    return place().block_result;
   }
 
   void wait_for_warp(const char* where, unsigned mask, uint64_t value) {
@@ -132,18 +152,22 @@ class Device {
 
   // What a lane of the running fiber's warp offered to the operation just passed; its own if there is no such lane.
   uint64_t offered_by(int lane) const {
-    const int thread = current_ / kWarp * kWarp + lane;
+    const int thread = thread_ / kWarp * kWarp + lane, first = current_ - thread_;
     const bool exists = lane >= 0 && lane < kWarp && thread < threads_ && (fibers_[current_].mask >> lane & 1);
-    return offered_[exists ? thread : current_];
+    return fibers_[exists ? first + thread : current_].offered;
   }
 
   void spin() { wait(kSpinning, "spin"); }
-  int lane() const { return current_ % kWarp; }
-  void warp_barrier_passed() { ++warp_barriers_[current_]; }
+  int lane() const { return thread_ % kWarp; }
+  void warp_barrier_passed() { ++place().warp_barriers[thread_]; }
+  void posted() { idle_rounds_ = 0; }
 
   void touch(const void* place, bool write) {
-    const Access now{static_cast<int>(blockIdx.x), current_, block_barriers_, warp_barriers_[current_]};
-    History& history = touched_[place];
+    Residence& here = this->place();
+    const Access now{here.block, thread_, here.block_barriers, here.warp_barriers[thread_]};
+    const auto* shared = reinterpret_cast<const char*>(here.shared.data());
+    const size_t offset = static_cast<const char*>(place) - shared;
+    History& history = (offset < here.shared.size() * sizeof(uint64_t) ? here.touched : touched_)[place];
     if (history.written && !ordered(history.write, now))
       report_race(write ? "write" : "read", now, "write", history.write);
     if (write) {
@@ -160,6 +184,8 @@ class Device {
 
  private:
   Fiber& self() { return fibers_[current_]; }
+  Residence& place() { return places_[current_ / threads_]; }
+  Fiber* fibers_of(const Residence& place) { return &fibers_[(&place - places_.data()) * threads_]; }
 
   static bool ordered(const Access& a, const Access& b) {
     if (a.block != b.block) return false;
@@ -176,74 +202,90 @@ class Device {
     wait(kDone, "race");  // what it has read is wrong, so it may not go on
   }
 
-  void run_block() {
-    block_barriers_ = 0;
-    warp_barriers_.assign(threads_, 0);
-    offered_.assign(threads_, 0);
+  void begin_block(Residence& place, size_t shared_bytes) {
+    place = {};
+    if (waiting_.empty()) return;
+    place.block = waiting_.back();
+    waiting_.pop_back();
+    place.left = threads_;
+    place.shared.assign(shared_bytes / sizeof(uint64_t) + 2, ~uint64_t{0});  // NaN in any float type
+    place.warp_barriers.assign(threads_, 0);
+    Fiber* const fibers = fibers_of(place);
     for (int t = 0; t < threads_; ++t) {
-      fibers_[t].started = false;
-      fibers_[t].state = kReady;
+      fibers[t].started = false;
+      fibers[t].state = kReady;
     }
-    int left = threads_;
-    while (left > 0) {
+    idle_rounds_ = 0;
+  }
+
+  // Until a block is through. Returns false if none is under way, or if none can go on.
+  bool run_some() {
+    while (std::any_of(places_.begin(), places_.end(), [](const Residence& p) { return p.block >= 0; })) {
       const int next = pick();
       if (next < 0) {
-        if (release_block() || release_spinning()) continue;
-        return report_deadlock();
+        bool released = false;
+        for (Residence& place : places_) released |= place.block >= 0 && release_block(place);
+        if (released || release_spinning()) continue;
+        report_deadlock();
+        return false;
       }
       resume(next);
-      if (!error_.empty()) return;
-      if (fibers_[next].state == kDone) --left;
+      if (fibers_[next].state == kDone && --places_[next / threads_].left == 0) return true;
       if (fibers_[next].state == kAtWarpOp) release_warp(next);
+      if (!error_.empty()) return false;
     }
+    return false;
   }
 
   int pick() {
-    const int offset = settings().order == kShuffled ? static_cast<int>(random_() % threads_) : 0;
-    for (int k = 0; k < threads_; ++k) {
-      int t = (k + offset) % threads_;
-      if (settings().order == kReverse) t = threads_ - 1 - t;
-      if (fibers_[t].state == kReady) return t;
+    const int all = static_cast<int>(places_.size()) * threads_;
+    const int offset = settings().order == kShuffled ? static_cast<int>(random_() % all) : 0;
+    for (int k = 0; k < all; ++k) {
+      int t = (k + offset) % all;
+      if (settings().order == kReverse) t = all - 1 - t;
+      if (places_[t / threads_].block >= 0 && fibers_[t].state == kReady) return t;
     }
     return -1;
   }
 
-  void release_warp(int thread) {
-    const int first = thread / kWarp * kWarp;
-    const Fiber& one = fibers_[thread];
-    for (int lane = 0; lane < kWarp && first + lane < threads_; ++lane) {
-      const Fiber& f = fibers_[first + lane];
+  void release_warp(int fiber) {
+    const int thread = fiber % threads_ / kWarp * kWarp;  // the warp's first
+    Fiber* const lanes = &fibers_[fiber - fiber % threads_ + thread];
+    const Fiber& one = fibers_[fiber];
+    for (int lane = 0; lane < kWarp && thread + lane < threads_; ++lane) {
+      const Fiber& f = lanes[lane];
       if ((one.mask >> lane & 1) && (f.state != kAtWarpOp || f.mask != one.mask || f.waits_at != one.waits_at)) return;
     }
-    for (int lane = 0; lane < kWarp && first + lane < threads_; ++lane) {
+    for (int lane = 0; lane < kWarp && thread + lane < threads_; ++lane) {
       if (!(one.mask >> lane & 1)) continue;
-      offered_[first + lane] = fibers_[first + lane].value;
-      fibers_[first + lane].state = kReady;
+      lanes[lane].offered = lanes[lane].value;
+      lanes[lane].state = kReady;
     }
   }
 
-  bool release_block() {
+  bool release_block(Residence& place) {
+    Fiber* const fibers = fibers_of(place);
     const char* where = nullptr;
     uint64_t any = 0;
     for (int t = 0; t < threads_; ++t) {
-      const Fiber& f = fibers_[t];
+      const Fiber& f = fibers[t];
       if (f.state == kDone) continue;
       if (f.state != kAtBlockBarrier || (where && f.waits_at != where)) return false;
       where = f.waits_at;
       any |= f.value;
     }
-    block_result_ = any;
-    ++block_barriers_;
+    place.block_result = any;
+    ++place.block_barriers;
     for (int t = 0; t < threads_; ++t) {
-      if (fibers_[t].state == kAtBlockBarrier) fibers_[t].state = kReady;
+      if (fibers[t].state == kAtBlockBarrier) fibers[t].state = kReady;
     }
     return true;
   }
 
   bool release_spinning() {
     bool some = false;
-    for (int t = 0; t < threads_; ++t) {
-      if (fibers_[t].state != kSpinning) continue;
+    for (size_t t = 0; t < places_.size() * threads_; ++t) {
+      if (places_[t / threads_].block < 0 || fibers_[t].state != kSpinning) continue;
       fibers_[t].state = kReady;
       some = true;
     }
@@ -252,19 +294,22 @@ class Device {
 
   void report_deadlock() {
     std::ostringstream message;
-    message << "deadlock in block " << blockIdx.x << ":";
-    for (int t = 0; t < threads_; ++t) {
-      if (fibers_[t].state != kDone && message.tellp() < 300)
-        message << " thread " << t << " at " << fibers_[t].waits_at << ";";
+    message << "deadlock:";
+    for (size_t t = 0; t < places_.size() * threads_; ++t) {
+      const int block = places_[t / threads_].block;
+      if (block >= 0 && fibers_[t].state != kDone && message.tellp() < 300)
+        message << " block " << block << " thread " << t % threads_ << " at " << fibers_[t].waits_at << ";";
     }
     if (error_.empty()) error_ = message.str();
   }
 
   // makecontext starts a fiber; from then on setjmp and longjmp switch, which unlike swapcontext cost no system call.
-  void resume(int thread) {
-    current_ = thread;
-    threadIdx = {static_cast<unsigned>(thread), 0, 0};
-    Fiber& fiber = fibers_[thread];
+  void resume(int index) {
+    current_ = index;
+    thread_ = index % threads_;
+    threadIdx = {static_cast<unsigned>(thread_), 0, 0};
+    blockIdx = {static_cast<unsigned>(place().block), 0, 0};
+    Fiber& fiber = fibers_[index];
     if (_setjmp(scheduler_)) return;
     if (fiber.started) _longjmp(fiber.resume_at, 1);
     fiber.started = true;
@@ -286,16 +331,14 @@ class Device {
   }
 
   std::function<void()> kernel_;
-  std::vector<Fiber> fibers_;
-  std::vector<uint64_t> shared_, offered_;
-  std::vector<int64_t> warp_barriers_;
-  std::unordered_map<const void*, History> touched_;
+  std::vector<Fiber> fibers_;  // threads_ of them for each place
+  std::vector<Residence> places_;
+  std::vector<int> waiting_;                          // blocks, the next one last
+  std::unordered_map<const void*, History> touched_;  // outside shared memory
   std::minstd_rand random_;
   std::string error_;
   jmp_buf scheduler_;
-  int threads_ = 0, current_ = 0, idle_rounds_ = 0;
-  int64_t block_barriers_ = 0;
-  uint64_t block_result_ = 0;
+  int threads_ = 0, current_ = 0, thread_ = 0, idle_rounds_ = 0;
 };
 
 inline Device& device() {
@@ -343,6 +386,14 @@ void exchange_store(T* to, T value) {
   *to = value;
 }
 
+inline uint64_t peek(const uint64_t* from) { return *from; }
+
+inline void post(uint64_t* to, uint64_t word, bool wanted = true) {
+  if (!wanted) return;
+  host::device().posted();
+  *to = word;
+}
+
 // In the loop of a thread that waits for another's write: lets the others run.
 inline void spin_wait() { host::device().spin(); }
 
@@ -379,6 +430,10 @@ T __shfl_sync(unsigned mask, T value, int lane) {
 template <class T>
 T __shfl_up_sync(unsigned mask, T value, int by) {
   return lyra::host::shuffle("__shfl_up_sync", mask, value, lyra::host::device().lane() - by);
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, int by) {
+  return lyra::host::shuffle("__shfl_down_sync", mask, value, lyra::host::device().lane() + by);
 }
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int bits) {

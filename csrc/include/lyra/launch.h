@@ -3,7 +3,8 @@
 // A .cuh that keeps to this runs on both: launch with `lyra::launch`, take dynamic shared memory from
 // `lyra::dynamic_shared`, hand values from thread to thread through memory with `exchange_load` / `exchange_store`
 // alone, which are plain accesses on a GPU and race-checked ones on the CPU, and call `spin_wait` while waiting for a
-// flag.
+// flag. `post` and `peek` hand a 64-bit word from any thread of the launch to any other: whole, at once, and without
+// ordering anything else, so the word itself must say that it is there.
 #pragma once
 
 #ifdef LYRA_HOST_CUDA
@@ -13,6 +14,7 @@
 #include <cuda_runtime.h>
 
 #include <cstddef>
+#include <cstdint>
 
 namespace lyra {
 
@@ -26,7 +28,19 @@ __device__ __forceinline__ void exchange_store(T* to, T value) {
   *to = value;
 }
 
-__device__ __forceinline__ void spin_wait() {}
+__device__ __forceinline__ uint64_t peek(const uint64_t* from) {
+  uint64_t word;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(word) : "l"(from));
+  return word;
+}
+
+// Where `wanted`, without a branch.
+__device__ __forceinline__ void post(uint64_t* to, uint64_t word, bool wanted = true) {
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p st.relaxed.gpu.global.u64 [%0], %1; }" ::"l"(to), "l"(word),
+               "r"(static_cast<unsigned>(wanted)));
+}
+
+__device__ __forceinline__ void spin_wait() { __nanosleep(32); }
 
 __device__ __forceinline__ char* dynamic_shared() {
   extern __shared__ __align__(16) char lyra_dynamic_shared[];
