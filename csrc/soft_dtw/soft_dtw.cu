@@ -17,93 +17,197 @@ namespace lyra {
 namespace {
 
 namespace kernels = lyra::soft_dtw;
+using Maybe = std::optional<Tensor>;
+
+void check_on(const char* name, const Tensor& t, std::initializer_list<int64_t> shape, ScalarType dtype,
+              const Tensor& as) {
+  check_shape(name, t, shape);
+  check_dtype(name, t, dtype);
+  check_contiguous(name, t);
+  check_same_device(name, t, as);
+}
 
 void check_float(const char* name, const Tensor& t) {
   check(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::Double, name, ": got dtype ",
         torch::headeronly::toString(t.scalar_type()), ", expected float32 or float64");
 }
 
-void check_lengths(const char* name, const Tensor& lengths, int64_t batch, const Tensor& as) {
-  check_shape(name, lengths, {batch});
-  check_dtype(name, lengths, ScalarType::Long);
-  check_contiguous(name, lengths);
-  check_same_device(name, lengths, as);
+kernels::Problem checked_problem(const Tensor& as, int64_t batch, int64_t rows, int64_t columns,
+                                 const Tensor& x_lengths, const Tensor& y_lengths, int64_t band, const Maybe& low,
+                                 const Maybe& high, bool dropping) {
+  check_on("x_lengths", x_lengths, {batch}, ScalarType::Long, as);
+  check_on("y_lengths", y_lengths, {batch}, ScalarType::Long, as);
+  check(band >= -1, "band: got ", band, ", expected -1 (none) or more");
+  check(low.has_value() == high.has_value(), "low, high: got one without the other");
+  check(band < 0 || !low, "band: got ", band, " beside low and high, expected -1");
+  if (low) check_on("low", *low, {batch, rows}, ScalarType::Long, as);
+  if (high) check_on("high", *high, {batch, rows}, ScalarType::Long, as);
+  const kernels::Problem problem{batch,
+                                 rows,
+                                 columns,
+                                 x_lengths.const_data_ptr<int64_t>(),
+                                 y_lengths.const_data_ptr<int64_t>(),
+                                 band,
+                                 low ? low->const_data_ptr<int64_t>() : nullptr,
+                                 high ? high->const_data_ptr<int64_t>() : nullptr,
+                                 dropping};
+  check(kernels::fits(problem), "cost: got ", batch, " pairs of ", rows, " x ", columns, " cells, expected at most ",
+        kernels::kMaxSize, " each way and ", INT32_MAX, " strips of ", kernels::kLanes, " columns");
+  return problem;
 }
 
-kernels::Problem checked_problem(const Tensor& cells, const Tensor& x_lengths, const Tensor& y_lengths, int64_t band) {
-  const int64_t batch = cells.size(0), rows = cells.size(1), columns = cells.size(2);
-  check(rows <= kernels::kMaxSize && columns <= kernels::kMaxSize, "cost: got ", rows, " x ", columns,
-        " cells per pair, expected at most ", kernels::kMaxSize, " each way");
-  check(batch <= INT32_MAX, "cost: got a batch of ", batch, ", expected at most ", INT32_MAX);
-  check_lengths("x_lengths", x_lengths, batch, cells);
-  check_lengths("y_lengths", y_lengths, batch, cells);
-  check(band >= -1, "band: got ", band, ", expected -1 (none) or more");
-  return {batch, rows, columns, x_lengths.const_data_ptr<int64_t>(), y_lengths.const_data_ptr<int64_t>(), band};
+// gamma of all pairs, or, where there are, the tensor's.
+kernels::Gamma checked_gamma(const char* name, double gamma, const Maybe& gammas, const Tensor& as) {
+  check(gammas || (gamma >= 0 && std::isfinite(gamma) && (gamma == 0 || std::isfinite(1.5 / gamma))), name, ": got ",
+        gamma, ", expected a number >= 0");
+  if (!gammas) return {gamma, nullptr, nullptr};
+  check_float(name, *gammas);
+  check_on(name, *gammas, {as.size(0)}, gammas->scalar_type(), as);
+  if (gammas->scalar_type() == ScalarType::Float) return {gamma, gammas->const_data_ptr<float>(), nullptr};
+  return {gamma, nullptr, gammas->const_data_ptr<double>()};
 }
+
+template <class T>
+const T* checked_rows(const char* name, const Maybe& given, const kernels::Problem& problem, const Tensor& as) {
+  if (!given) return nullptr;
+  check_on(name, *given, {problem.batch, problem.rows}, as.scalar_type(), as);
+  return given->const_data_ptr<T>();
+}
+
+Tensor with_columns_adjacent(const Tensor& t) { return t.stride(2) == 1 ? t : torch::stable::contiguous(t); }
 
 // Back with torch's allocator when the caller returns, for later work of the same stream.
-Tensor new_workspace(const kernels::Problem& problem, const Tensor& as) {
-  const int64_t element = as.scalar_type() == ScalarType::Float ? sizeof(float) : sizeof(double);
-  return torch::stable::new_empty(as, {kernels::workspace_bytes(problem) / element});
+Tensor new_bytes(int64_t bytes, const Tensor& as) { return torch::stable::new_empty(as, {bytes}, ScalarType::Byte); }
+
+// Calls go(Format) for the format of `store`: 16, 8 or 64 bits a share.
+template <class Go>
+void with_format(int64_t store, const Go& go) {
+  store == 64 ? go(kernels::Exact{}) : store == 8 ? go(kernels::Bits8{}) : go(kernels::Bits16{});
 }
 
-// What the kernels do not serve yet. The public functions know, and send such calls elsewhere.
-void refuse(const char* name, bool given) { check(!given, name, ": the CUDA kernels do not serve it"); }
-
 std::tuple<Tensor, Tensor> forward(const Tensor& given, const Tensor& x_lengths, const Tensor& y_lengths, double gamma,
-                                   const std::optional<Tensor>& gammas, int64_t band, const std::optional<Tensor>& low,
-                                   const std::optional<Tensor>& high, const std::optional<Tensor>& drop, int64_t) {
+                                   const Maybe& gammas, int64_t band, const Maybe& low, const Maybe& high,
+                                   const Maybe& drop, int64_t store) {
   check_shape("cost", given, {kAny, kAny, kAny});
   check_float("cost", given);
-  refuse("gammas", gammas.has_value());
-  refuse("low, high", low.has_value() || high.has_value());
-  refuse("drop", drop.has_value());
-  check(gamma > 0 && std::isfinite(gamma) && std::isfinite(1.5 / gamma), "gamma: got ", gamma,
-        ", expected a number > 0");
+  const bool is_double = given.scalar_type() == ScalarType::Double;
+  check(store == 0 || (is_double ? store == 64 : store == 16 || store == 8), "store: got ", store,
+        ", expected 0, or 64 for float64 and 16 or 8 for float32");
   const StreamGuard guard(given);
-  const Tensor cost = given.stride(2) == 1 ? given : torch::stable::contiguous(given);
-  const kernels::Problem problem = checked_problem(cost, x_lengths, y_lengths, band);
+  const Tensor cost = with_columns_adjacent(given);
+  const kernels::Problem problem = checked_problem(cost, cost.size(0), cost.size(1), cost.size(2), x_lengths, y_lengths,
+                                                   band, low, high, drop.has_value());
+  const kernels::Gamma own_gamma = checked_gamma("gamma", gamma, gammas, cost);
   Tensor value = torch::stable::new_empty(cost, {problem.batch});
-  Tensor probs = torch::stable::new_empty(cost, {problem.batch, problem.rows, problem.columns, 2});
-  Tensor workspace = new_workspace(problem, cost);
-  const auto go = [&]<typename T>(T) {
+  Tensor probs = value;
+  Tensor memory = new_bytes(kernels::workspace_bytes(problem, kernels::forward_words(problem)), cost);
+  with_format(is_double ? 64 : store, [&]<class Format>(Format) {
+    using T = typename Format::Real;
+    const int64_t bytes = store == 0 ? 0 : kernels::probs_bytes<Format>(problem);
+    probs = torch::stable::new_empty(cost, {problem.batch, bytes}, ScalarType::Byte);
     const kernels::Cost<T> cells{cost.const_data_ptr<T>(), cost.stride(0), cost.stride(1)};
-    check_cuda(kernels::forward<T>(problem, cells, value.mutable_data_ptr<T>(), probs.mutable_data_ptr<T>(), gamma,
-                                   workspace.mutable_data_ptr(), guard.stream()),
+    check_cuda(kernels::forward<Format>(
+                   problem, own_gamma, cells, checked_rows<T>("drop", drop, problem, cost), value.mutable_data_ptr<T>(),
+                   bytes ? probs.mutable_data_ptr<uint8_t>() : nullptr, memory.mutable_data_ptr(), guard.stream()),
                "soft_dtw_forward");
-  };
-  cost.scalar_type() == ScalarType::Float ? go(float{}) : go(double{});
+  });
   return {value, probs};
+}
+
+// Which format `probs` (B, bytes) of forward has.
+int64_t store_of(const Tensor& probs, const Tensor& value, const kernels::Problem& problem) {
+  check(probs.dim() == 2 && probs.size(0) == problem.batch, "probs: got shape ", shape_string(probs), ", expected (",
+        problem.batch, ", bytes)");
+  check_on("probs", probs, {kAny, kAny}, ScalarType::Byte, value);
+  const int64_t bytes = probs.size(1);
+  if (value.scalar_type() == ScalarType::Double) {
+    check(bytes == kernels::probs_bytes<kernels::Exact>(problem), "probs: got ", bytes, " bytes per pair, expected ",
+          kernels::probs_bytes<kernels::Exact>(problem));
+    return 64;
+  }
+  const int64_t wide = kernels::probs_bytes<kernels::Bits16>(problem);
+  const int64_t narrow = kernels::probs_bytes<kernels::Bits8>(problem);
+  check(bytes == wide || bytes == narrow, "probs: got ", bytes, " bytes per pair, expected ", wide, " or ", narrow);
+  return bytes == wide ? 16 : 8;
+}
+
+void check_values(const Tensor& grad_value, const Tensor& value, int64_t batch) {
+  check_float("value", value);
+  check_on("value", value, {batch}, value.scalar_type(), value);
+  check_shape("grad_value", grad_value, {batch});
+  check_dtype("grad_value", grad_value, value.scalar_type());
+  check_same_device("grad_value", grad_value, value);
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_value, const Tensor& value, const Tensor& probs,
                                             const Tensor& x_lengths, const Tensor& y_lengths, int64_t rows,
-                                            int64_t columns, int64_t band, const std::optional<Tensor>& low,
-                                            const std::optional<Tensor>& high, bool dropping, bool hard,
-                                            bool with_entropy) {
-  check_shape("probs", probs, {kAny, rows, columns, 2});
-  check_shape("value", value, {probs.size(0)});
-  refuse("low, high", low.has_value() || high.has_value());
-  refuse("dropping", dropping);
-  refuse("hard", hard);
-  refuse("with_entropy", with_entropy);
-  check_float("probs", probs);
-  check_contiguous("probs", probs);
-  check_shape("grad_value", grad_value, {probs.size(0)});
-  check_dtype("grad_value", grad_value, probs.scalar_type());
-  check_same_device("grad_value", grad_value, probs);
-  const StreamGuard guard(probs);
-  const kernels::Problem problem = checked_problem(probs, x_lengths, y_lengths, band);
-  Tensor grad_cost = torch::stable::new_empty(probs, {problem.batch, problem.rows, problem.columns});
-  Tensor workspace = new_workspace(problem, probs);
-  const auto go = [&]<typename T>(T) {
-    check_cuda(
-        kernels::backward<T>(problem, grad_value.const_data_ptr<T>(), grad_value.stride(0), probs.const_data_ptr<T>(),
-                             grad_cost.mutable_data_ptr<T>(), workspace.mutable_data_ptr(), guard.stream()),
-        "soft_dtw_backward");
-  };
-  probs.scalar_type() == ScalarType::Float ? go(float{}) : go(double{});
-  return {grad_cost, torch::stable::new_empty(probs, {0}), torch::stable::new_empty(probs, {0})};
+                                            int64_t columns, int64_t band, const Maybe& low, const Maybe& high,
+                                            bool dropping, bool, bool with_entropy) {
+  check_shape("value", value, {kAny});
+  check(rows >= 0 && columns >= 0, "rows, columns: got ", rows, ", ", columns, ", expected >= 0");
+  const int64_t batch = value.size(0);
+  check_values(grad_value, value, batch);
+  const StreamGuard guard(value);
+  const kernels::Problem problem =
+      checked_problem(value, batch, rows, columns, x_lengths, y_lengths, band, low, high, dropping);
+  Tensor grad_cost = torch::stable::new_empty(value, {batch, rows, columns});
+  Tensor grad_drop = dropping ? torch::stable::new_empty(value, {batch, rows}) : torch::stable::new_empty(value, {0});
+  Tensor entropy = torch::stable::new_empty(value, {with_entropy ? batch : 0});
+  Tensor memory = new_bytes(kernels::workspace_bytes(problem, kernels::kBackwardWords), value);
+  with_format(store_of(probs, value, problem), [&]<class Format>(Format) {
+    using T = typename Format::Real;
+    const kernels::Gradients<T> gradients{grad_cost.mutable_data_ptr<T>(),
+                                          dropping ? grad_drop.mutable_data_ptr<T>() : nullptr,
+                                          with_entropy ? entropy.mutable_data_ptr<T>() : nullptr};
+    check_cuda(kernels::backward<Format>(problem, grad_value.const_data_ptr<T>(), grad_value.stride(0),
+                                         value.const_data_ptr<T>(), probs.const_data_ptr<uint8_t>(), gradients,
+                                         memory.mutable_data_ptr(), guard.stream()),
+               "soft_dtw_backward");
+  });
+  return {grad_cost, grad_drop, entropy};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> curvature(const Tensor& grad_value, const Tensor& value, const Tensor& probs,
+                                                     const Tensor& x_lengths, const Tensor& y_lengths, double gamma,
+                                                     const Maybe& gammas, int64_t band, const Maybe& low,
+                                                     const Maybe& high, bool dropping, const Tensor& given,
+                                                     const Maybe& given_drop, const Maybe& given_gamma) {
+  check_shape("value", value, {kAny});
+  check_shape("along", given, {value.size(0), kAny, kAny});
+  check_dtype("along", given, value.scalar_type());
+  check_same_device("along", given, value);
+  check(dropping || !given_drop, "along_drop: got a tensor, expected none without dropping");
+  const int64_t batch = value.size(0), rows = given.size(1), columns = given.size(2);
+  check_values(grad_value, value, batch);
+  const StreamGuard guard(value);
+  const Tensor along = with_columns_adjacent(given);  // gradients often come expanded
+  const Maybe along_drop = given_drop ? Maybe(torch::stable::contiguous(*given_drop)) : Maybe();
+  const Maybe along_gamma = given_gamma ? Maybe(torch::stable::contiguous(*given_gamma)) : Maybe();
+  const kernels::Problem problem =
+      checked_problem(value, batch, rows, columns, x_lengths, y_lengths, band, low, high, dropping);
+  const kernels::Gamma own_gamma = checked_gamma("gamma", gamma, gammas, value);
+  const kernels::Gamma own_along_gamma = checked_gamma("along_gamma", 0, along_gamma, value);
+  Tensor slope = torch::stable::new_empty(value, {batch});
+  Tensor grad_cost = torch::stable::new_empty(value, {batch, rows, columns});
+  Tensor grad_drop = dropping ? torch::stable::new_empty(value, {batch, rows}) : torch::stable::new_empty(value, {0});
+  Tensor grad_gamma = torch::stable::new_empty(value, {batch});
+  Tensor memory = new_bytes(kernels::workspace_bytes(problem, kernels::kCurvatureWords), value);
+  with_format(store_of(probs, value, problem), [&]<class Format>(Format) {
+    using T = typename Format::Real;
+    Tensor turns = new_bytes(kernels::turns_bytes<T>(problem), value);
+    const kernels::Direction<T> direction{{along.const_data_ptr<T>(), along.stride(0), along.stride(1)},
+                                          checked_rows<T>("along_drop", along_drop, problem, value),
+                                          own_along_gamma};
+    const kernels::Gradients<T> gradients{grad_cost.mutable_data_ptr<T>(),
+                                          dropping ? grad_drop.mutable_data_ptr<T>() : nullptr,
+                                          grad_gamma.mutable_data_ptr<T>()};
+    check_cuda(kernels::curvature<Format>(problem, own_gamma, direction, grad_value.const_data_ptr<T>(),
+                                          grad_value.stride(0), value.const_data_ptr<T>(),
+                                          probs.const_data_ptr<uint8_t>(), slope.mutable_data_ptr<T>(), gradients,
+                                          turns.mutable_data_ptr(), memory.mutable_data_ptr(), guard.stream()),
+               "soft_dtw_curvature");
+  });
+  return {slope, grad_cost, grad_drop, grad_gamma};
 }
 
 }  // namespace
@@ -112,4 +216,5 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_value, const Tens
 STABLE_TORCH_LIBRARY_IMPL(lyra, CUDA, m) {
   m.impl("soft_dtw_forward", TORCH_BOX(&lyra::forward));
   m.impl("soft_dtw_backward", TORCH_BOX(&lyra::backward));
+  m.impl("soft_dtw_curvature", TORCH_BOX(&lyra::curvature));
 }

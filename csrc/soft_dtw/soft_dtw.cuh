@@ -1,531 +1,510 @@
-// Soft-DTW of a padded batch, forward and backward, for any N and M. Raw pointers, no torch.
+// Soft-DTW of a padded batch: value, gradients and second derivatives, for any N and M. Raw pointers, no torch.
 //
 // Math. With cost C (n rows, m columns) of one pair and s = -log2(e) / gamma, Z_ij = 2^(s R_ij) obeys
 //   Z_ij = 2^(s C_ij) (Z_{i-1,j-1} + Z_{i-1,j} + Z_{i,j-1}),   value = log2(Z_nm) / s,
 // and the three terms of the sum over the sum are the probabilities p of the diagonal, up and left step into (i,j).
-//   E_ij = p_diag E_{i+1,j+1} + p_up E_{i+1,j} + p_left E_{i,j+1},  each p at the cell that E comes from, E_nm = grad.
+//   E_ij = p_diag E_{i+1,j+1} + p_up E_{i+1,j} + p_left E_{i,j+1},  each p at the cell that E comes from, E_nm = 1.
 // Z is kept as mantissa in [1, 2) and integer exponent: no exp or log on the dependent chain, and an error that does
-// not grow with R. Backward is linear in the stored p; it never takes differences of R.
+// not grow with R. Backward is linear in the stored p; it never takes differences of R. Rows that may be dropped and
+// second derivatives: cells.h, which has the formulas of each sweep. gamma = 0 is hard DTW: p is 0 or 1.
 //
-// Shapes. cost, grad_cost (B,N,M); value, grad_value (B); lengths int64 (B); probs (B,N,M,2) = (p_diag, p_up), and
-// p_left = (1 - p_diag) - p_up, which forward makes >= 0 always and exactly 0 where nothing comes from the left.
-// Cells outside the lengths and the band get probs and grad_cost zero, whatever cost holds there.
-// Marks on the pair's last cell tell backward: (NaN, NaN) a pair with NaN or -inf; (1, 1) a pair without any path.
-// A length out of range gives NaN as value and in all of the sample's grad_cost.
+// Shapes. cost, grad_cost (B,N,M); value, grad_value, entropy (B); drop, grad_drop (B,N); lengths int64 (B); low, high
+// int64 (B,N). probs (B, bytes) is nobody's business but these kernels': per cell a word of two shares of 16 or 8 bits
+// (float32) or two doubles (float64), the third derived, and one share more with drop; in the order in which a warp
+// goes through the cells, for the cells of its strip alone: an int band keeps what is in the band, not N x M.
+// NaN or -inf in a cell or price of the pair, a length out of range, a gamma that is no number > 0: NaN for that pair,
+// and in its gradients. No path: +inf, gradients 0. What lies outside gets gradient 0, whatever cost holds there.
 // Range: a cost above 2^60 gamma ln(2) / (n + m) counts as +inf, below minus that as -inf.
 //
-// Plan. One block per pair; a warp owns strips of 32 columns, lane = column, and runs down the rows skewed: lane l does
-// row t - l in step t, and gets its left neighbour by shuffle. Work goes in blocks of kSteps steps, one per phase, with
-// one block barrier between phases. Strip s follows strip s - 1 by kLag phases and takes over its last column through
-// `carry`, one column in global memory (L2) that all strips of the pair read and then overwrite in turn; warp w takes
-// strips w, w + warps, and so on. A band shortens each strip to the rows that it meets. Between memory and the skewed
-// lanes stand two delay lines in shared memory, so that global accesses are whole rows of a strip; every lane uses its
-// own column of them alone. Backward is the same sweep from the other corner.
+// Plan. One launch makes the workspace ready and surveys the costs (sweeps then need neither vote nor check), one
+// launch sweeps: a warp per strip of 32 columns, a block per warp, so a pair may be on as many SMs as it has strips.
+// Lane = column; lane l is two rows behind lane l - 1, so what a lane hands to its right neighbour by shuffle has a
+// step's time to get there. The last lane hands its column to the next strip in words in global memory (L2), one letter
+// per row, which say themselves that they are there: no flag, no fence, no block barrier. Strips are taken by ticket
+// in the order in which they depend on each other, so there is no deadlock however few blocks the device can hold. A
+// strip follows its left neighbour by kTail + kBlock steps and the time of a letter. Backward is the same in reverse.
 //
-// Cost per cell inside the band: forward 25 flops, reads 4 bytes and writes 8 (float32), backward 6 flops, reads 8,
-// writes 4. Floor, H100 at 3.0 TB/s, each way: B=32 300x64 2.5 us, B=32 1500x200 38 us. Two other limits stand above
-// it, both estimated from the code and not yet timed on a GPU (1.9 GHz):
-//   the chain: n + kSteps kLag (strips - 1) + 31 steps of about 62 / 34 dependent cycles (forward / backward);
-//   the issue of about 70 / 30 instructions per warp and step by the SM's 4 schedulers, once there are more warps.
-// 300x64: 395 steps, 2 warps, 14 / 7 us by the chain. 1500x200: 1915 steps, 7 warps, 123 us by issue / 53 us.
-// Launches: 1 each way. Shared memory per warp: kRing * 32 * 12 bytes (float32), twice that for float64.
+// Cost per cell in the band: forward 25 flops, reads 8 bytes (survey and sweep; the second from L2 if 40 MB hold the
+// batch's costs) and writes 4; backward 9 flops, reads 4, writes 4. Floor, H100 at 3.0 TB/s, forward / backward: B=32
+// 300x64 2.5 / 1.7 us; B=32 1500x200 38 / 26 us; B=8 8192^2 with band 512 (65 M cells, 260 MB of them) 260 / 174 us,
+// and 0.6 ms for the zeros of a dense gradient outside the band. Two other limits stand above it, both estimated, not
+// timed on any GPU (1.9 GHz):
+//   the chain: n + (strips - 1) (kTail + kBlock) + kTail steps of about 38 / 20 dependent cycles, forward / backward;
+//   the issue, one instruction per cycle and warp, is longer: of the code of sm_90a about 77 / 59 instructions per
+//   step, all told (design: 18.5 / 16 for the recursion alone; windows take about 13 / 12 more; sm_80 has 4 / 4 less).
+// 300x64: 440 steps, 18 / 14 us. 1500x200: 2030 steps, 82 / 63 us. 8192^2 with band 512: 21040 steps, 850 / 650 us.
+// Launches: 2 each way, 4 for second derivatives. Shared memory per block: kRing * 32 * 4 bytes (float32).
+// Triton would not do: it has no shuffles.
 //
-// Registers per thread, at most, spills none (tests/test_compile_budget.py reads these lines):
-//   budget sm_80: forward_kernel<float> 128, forward_kernel<double> 128, backward_kernel<float> 104,
-//   budget sm_80: backward_kernel<double> 128
-//   budget sm_90a: forward_kernel<float> 128, forward_kernel<double> 128, backward_kernel<float> 128,
-//   budget sm_90a: backward_kernel<double> 184
+// Registers per thread, at most, spills none (tests/test_compile_budget.py reads these lines; of formats and options
+// the largest; the others were looked at once, all without spills):
+//   budget sm_80: prepare_kernel<float> 48
+//   budget sm_80: forward_kernel<lyra::soft_dtw::Bits16, false, false> 104
+//   budget sm_80: forward_kernel<lyra::soft_dtw::Bits16, false, true> 128
+//   budget sm_80: forward_kernel<lyra::soft_dtw::Bits16, true, false> 96
+//   budget sm_80: backward_kernel<lyra::soft_dtw::Bits16, false, false> 104
+//   budget sm_80: backward_kernel<lyra::soft_dtw::Bits16, false, true> 104
+//   budget sm_80: backward_kernel<lyra::soft_dtw::Bits16, true, false> 144
+//   budget sm_80: forward_kernel<lyra::soft_dtw::Exact, false, true> 160
+//   budget sm_80: backward_kernel<lyra::soft_dtw::Exact, true, true> 200
+//   budget sm_80: tangent_kernel<lyra::soft_dtw::Exact, true> 216
+//   budget sm_80: curvature_kernel<lyra::soft_dtw::Bits16, true> 136
+//   budget sm_80: curvature_kernel<lyra::soft_dtw::Exact, true> 224
+//   budget sm_90a: prepare_kernel<float> 48
+//   budget sm_90a: forward_kernel<lyra::soft_dtw::Bits16, false, false> 120
+//   budget sm_90a: forward_kernel<lyra::soft_dtw::Bits16, false, true> 136
+//   budget sm_90a: forward_kernel<lyra::soft_dtw::Bits16, true, false> 104
+//   budget sm_90a: backward_kernel<lyra::soft_dtw::Bits16, false, false> 112
+//   budget sm_90a: backward_kernel<lyra::soft_dtw::Bits16, false, true> 112
+//   budget sm_90a: backward_kernel<lyra::soft_dtw::Bits16, true, false> 152
+//   budget sm_90a: forward_kernel<lyra::soft_dtw::Exact, false, true> 160
+//   budget sm_90a: backward_kernel<lyra::soft_dtw::Exact, true, true> 200
+//   budget sm_90a: tangent_kernel<lyra::soft_dtw::Exact, true> 224
+//   budget sm_90a: curvature_kernel<lyra::soft_dtw::Bits16, true> 136
+//   budget sm_90a: curvature_kernel<lyra::soft_dtw::Exact, true> 224
 #pragma once
 
 #include <cstdint>
 
+#include "cells.h"
 #include "lyra/launch.h"
+#include "numbers.h"
+#include "pairs.h"
+#include "sweep.h"
 
 namespace lyra::soft_dtw {
 
-constexpr int kLanes = 32;
-constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr int kMaxWarps = 8;
-constexpr int kSteps = 16;
-// Blocks after which the last lane, kLanes - 1 rows behind the first, is through with a block of rows.
-constexpr int kDelay = (kLanes - 1 + kSteps - 1) / kSteps;
-// One more because a barrier must lie between, one more because `carry` is read a phase ahead of its use.
-constexpr int kLag = kDelay + 2;
-constexpr int kRing = 64;  // rows of a delay line; a power of two, so that finding a row's slot costs no division
-static_assert(kSteps <= kLanes, "one lane fetches one row of the carry column");
-static_assert(kRing >= (kDelay + 1) * kSteps, "kDelay + 1 blocks of rows are under way in a lane");
+// One number for all pairs, or one for each in float or double.
+struct Gamma {
+  double value;
+  const float* floats;
+  const double* doubles;
 
-constexpr int64_t kCarryBytes = 16;  // per row of a pair; the largest message below
-constexpr int64_t kMaxSize = int64_t{1} << 30;
-
-struct Problem {
-  int64_t batch, rows, columns;  // B, N, M
-  const int64_t* x_lengths;
-  const int64_t* y_lengths;
-  int64_t band;  // half-width, or -1 for none
+  // NaN where a pair's own is no number > 0.
+  __device__ double of(int64_t pair) const {
+    const double own = floats ? floats[pair] : doubles ? doubles[pair] : value;
+    const bool one_for_all = !floats && !doubles;
+    return one_for_all || (own > 0 && own < static_cast<double>(INFINITY)) ? own : static_cast<double>(NAN);
+  }
 };
 
-template <class T>
-struct Cost {
-  const T* data;
-  int64_t batch, row;  // strides in elements; columns are adjacent
-};
+constexpr double kLog2E = 1.4426950408889634;
+constexpr int kSurveyWarps = 8;
+constexpr int kBlocksPerSM = 8;  // of one warp; leaves each thread all the registers it can name
 
-inline int64_t workspace_bytes(const Problem& problem) { return problem.batch * problem.rows * kCarryBytes; }
+// --- first launch
+// -----------------------------------------------------------------------------------------------------
 
-template <class T>
-__device__ __forceinline__ T larger(T a, T b) {
-  return a > b ? a : b;
+__device__ __forceinline__ int reduce(int mine, bool greatest) {
+  for (int other = kLanes / 2; other > 0; other /= 2) {
+    const int theirs = __shfl_xor_sync(kAllLanes, mine, other);
+    mine = greatest ? larger(mine, theirs) : smaller(mine, theirs);
+  }
+  return mine;
 }
 
+// Makes the workspace ready, a block for each strip of each pair: what the windows leave of the strip and, with a cost,
+// what its costs and prices are like.
 template <class T>
-__device__ __forceinline__ T smaller(T a, T b) {
-  return a < b ? a : b;
-}
-
-struct Range {
-  int begin, end;
-};
-
-// The cells of a pair that may be aligned: 2 |j (n-1) - i (m-1)| <= max(2 width (n-1), n + m - 2), whole numbers.
-// It looks the same from the other corner, (i, j) -> (n-1-i, m-1-j), so backward uses it unchanged.
-struct Band {
-  int n, m;
-  int64_t down, across, reach;
-  bool all;
-
-  __device__ Band(int n, int m, int64_t width)
-      : n(n), m(m), down(n - 1), across(m - 1), all(width < 0 || n == 1 || m == 1) {
-    const int64_t enough = larger(down, across);
-    reach = all ? INT64_MAX : larger(2 * smaller(width, enough) * down, down + across);
+__global__ void __launch_bounds__(kSurveyWarps* kLanes)
+    prepare_kernel(Problem problem, Gamma gamma, Cost<T> cost, const T* drop, bool hard, Workspace workspace) {
+  const int64_t pair_index = blockIdx.x / workspace.strips;
+  const int s = static_cast<int>(blockIdx.x % workspace.strips);
+  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
+  uint64_t* const slots = workspace.slots(pair_index);
+  for (int64_t k = s * blockDim.x + threadIdx.x; k < workspace.steps * workspace.words;
+       k += workspace.strips * blockDim.x) {
+    slots[k] = kAbsent;
   }
+  if (threadIdx.x == 0) workspace.sums(pair_index)[s] = kAbsent;
+  if (blockIdx.x == 0 && threadIdx.x == 0) *workspace.tickets() = 0;
+  if (!lengths_in_range(problem, pair_index)) return;
+  const Pair pair(problem, pair_index, nullptr);
+  if (s >= pair.strips) return;
 
-  __device__ __forceinline__ bool inside(int i, int j) const {
-    const int64_t off = 2 * (j * down - i * across);
-    return i >= 0 && i < n && j >= 0 && j < m && off <= reach && -off <= reach;
-  }
-
-  __device__ Range columns_of_row(int i) const { return i < n ? window(i * across, down, m) : Range{0, 0}; }
-  __device__ Range rows_of_column(int j) const { return window(j * down, across, n); }
-
- private:
-  // The x in [0, size) with |2 at - 2 step x| <= reach.
-  __device__ Range window(int64_t at, int64_t step, int size) const {
-    if (all) return {0, size};
-    const int64_t low = 2 * at - reach, high = 2 * at + reach;
-    const int64_t begin = low <= 0 ? 0 : (low + 2 * step - 1) / (2 * step);
-    return {static_cast<int>(begin), static_cast<int>(smaller<int64_t>(high / (2 * step) + 1, size))};
-  }
-};
-
-// Which strip does which block of rows in which phase: block + 1 + strip * kLag + (strip / warps) * gap.
-struct Schedule {
-  int strips, warps, gap = 0, phases;
-
-  struct Strip {
-    int column, last_column;
-    int first, end;  // blocks of rows that are computed; first - 1 loads the first, end stores the last
-    int offset;      // phase of block 0
+  const int column = s * kLanes + lane;
+  const Range rows = pair.rows_of_column(column);
+  const double scale = -kLog2E / gamma.of(pair_index);
+  const double narrow = Weigher<float, int>(scale, pair).limit, wide = Weigher<T, long long>(scale, pair).limit;
+  bool bad = false, is_wide = false;
+  const auto look_at = [&](T c) {
+    const double power = static_cast<double>(c) * scale;
+    if (c != c || c == -static_cast<T>(INFINITY) || (!hard && power > wide)) bad = true;
+    if (c != static_cast<T>(INFINITY) && fabs(power) > narrow) is_wide = true;
   };
-
-  __device__ Schedule(const Band& band, int warps, int lane) : strips((band.m + kLanes - 1) / kLanes), warps(warps) {
-    // A warp has to be through with one strip before it begins its next.
-    for (int s = warps + lane; s < strips; s += kLanes) {
-      gap = larger(gap, strip(band, s - warps).end - strip(band, s).first + 2 - warps * kLag);
+  int first = INT32_MAX, end = 0;
+  if (problem.low || cost.data) {
+#pragma unroll 4
+    for (int i = warp; i < pair.n; i += kSurveyWarps) {
+      if (!rows.holds(i) || !pair.in_window(i, column)) continue;
+      first = smaller(first, i);
+      end = larger(end, i + 1);
+      if (cost.data) look_at(cost.data[pair_index * cost.batch + i * cost.row + column]);
     }
-    for (int other = kLanes / 2; other > 0; other /= 2) gap = larger(gap, __shfl_xor_sync(kAllLanes, gap, other));
-    const Strip last = strip(band, strips - 1);
-    phases = last.offset + last.end + 1;
-  }
-
-  __device__ Strip strip(const Band& band, int s) const {
-    const int column = s * kLanes, last = smaller(column + kLanes, band.m) - 1;
-    const int top = band.rows_of_column(column).begin, bottom = band.rows_of_column(last).end - 1;
-    // From a row earlier on: its left neighbour is the diagonal predecessor of the first row.
-    return {column, last, larger(top - 1, 0) / kSteps, bottom / kSteps + kDelay + 1, 1 + s * kLag + s / warps * gap};
-  }
-};
-
-// Runs `cell` over the pair, from (0, 0) to (n-1, m-1). What a cell type holds:
-//   In, Out          what a cell is loaded from and stores, `outside()` standing for an In that is not inside the band
-//   Message          what a cell hands to its right and lower right neighbours; `closed()` is "nothing"
-//   load, store      global memory at (i, j);  begin: a lane starts on a new column;  origin: what enters at (0, 0)
-//   step             one cell, from its In, the left and the upper left neighbour's message and its own last message
-// The last column's messages are left in `carry`.
-template <class Cell>
-__device__ void sweep(Cell& cell, const Band& band, typename Cell::Message* carry) {
-  using In = typename Cell::In;
-  using Out = typename Cell::Out;
-  using Message = typename Cell::Message;
-  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes;
-  const Schedule schedule(band, warps, lane);
-
-  // Delay lines of this lane: row i stands in slot i modulo kRing.
-  In* const all_ins = reinterpret_cast<In*>(dynamic_shared());
-  Out* const all_outs = reinterpret_cast<Out*>(all_ins + warps * kRing * kLanes);
-  In* const ins = all_ins + warp * kRing * kLanes + lane;
-  Out* const outs = all_outs + warp * kRing * kLanes + lane;
-  const auto slot = [](int row) { return static_cast<unsigned>(row + kRing) % kRing * kLanes; };
-
-  Message mine = Cell::closed(), diag = Cell::closed(), carried = Cell::closed();
-  int s = warp;
-  typename Schedule::Strip strip = schedule.strip(band, s < schedule.strips ? s : 0);
-
-  for (int phase = 0; phase < schedule.phases; ++phase) {
-    const int block = phase - strip.offset;
-    if (s < schedule.strips && block >= strip.first - 1) {
-      const int column = strip.column + lane, next_row = (block + 1) * kSteps;
-      if (block == strip.first - 1) {
-        mine = Cell::closed();
-        diag = s == 0 && lane == 0 ? cell.origin() : Cell::closed();
-        cell.begin();
-        // The rows above the strip's first, which the lanes pass while they wait for their turn.
-        for (int row = next_row - kLanes; row < next_row; ++row) ins[slot(row)] = Cell::outside();
-      }
-
-      // Loads for the next phase come first, to be under way during the steps of this one.
-      In next[kSteps];
-#pragma unroll
-      for (int k = 0; k < kSteps; ++k) {
-        next[k] = band.inside(next_row + k, column) ? cell.load(next_row + k, column) : Cell::outside();
-      }
-      Message next_carried = Cell::closed();
-      if (lane < kSteps && band.inside(next_row + lane, strip.column - 1)) {
-        next_carried = exchange_load(carry + next_row + lane);
-      }
-
-      const int done_row = (block - kDelay - 1) * kSteps;
-      for (int row = done_row; row < done_row + kSteps; ++row) {
-        if (band.inside(row, column)) cell.store(row, column, outs[slot(row)]);
-      }
-
-      if (block >= strip.first && block < strip.end) {
-#pragma unroll
-        for (int k = 0; k < kSteps; ++k) {
-          const int row = block * kSteps + k - lane;
-          Message left = mine.each([](auto v) { return __shfl_up_sync(kAllLanes, v, 1); });
-          const Message edge = carried.each([k](auto v) { return __shfl_sync(kAllLanes, v, k); });
-          if (lane == 0) left = edge;
-          outs[slot(row)] = cell.step(ins[slot(row)], left, diag, mine);
-          diag = left;
-          if (column == strip.last_column && row >= 0 && row < band.n) exchange_store(carry + row, mine);
-        }
-      }
-
-#pragma unroll
-      for (int k = 0; k < kSteps; ++k) ins[slot(next_row + k)] = next[k];
-      carried = next_carried;
-      if (block == strip.end) {
-        s += warps;
-        if (s < schedule.strips) strip = schedule.strip(band, s);
-      }
-    }
-    __syncthreads();
-  }
-}
-
-// --- forward -----------------------------------------------------------------------------------------------------
-
-template <class T>
-struct Probs {
-  T diag, up;
-};
-
-__device__ __forceinline__ float reciprocal(float x) { return __fdividef(1.0f, x); }
-__device__ __forceinline__ double reciprocal(double x) { return 1.0 / x; }
-
-// 2^e for e <= 0; zero where that is below the normal numbers.
-template <class T, class Exponent>
-__device__ __forceinline__ T power(Exponent e) {
-  if constexpr (sizeof(T) == 4) {
-    return __int_as_float((static_cast<int>(larger<Exponent>(e, -127)) + 127) << 23);
-  } else {
-    return __longlong_as_double((static_cast<long long>(larger<Exponent>(e, -1023)) + 1023) << 52);
-  }
-}
-
-// x = mantissa 2^result, mantissa in [1, 2), for a normal x > 0.
-__device__ __forceinline__ int split(float x, float* mantissa) {
-  const int bits = __float_as_int(x), e = (bits >> 23) - 127;
-  *mantissa = __int_as_float(bits - (e << 23));
-  return e;
-}
-
-__device__ __forceinline__ int split(double x, double* mantissa) {
-  const long long bits = __double_as_longlong(x), e = (bits >> 52) - 1023;
-  *mantissa = __longlong_as_double(bits - (e << 52));
-  return static_cast<int>(e);
-}
-
-// mantissa 2^exponent, mantissa in [1, 2). An exponent below kZero / 2 is the number zero, whatever the mantissa:
-// `Forward::limit` keeps the exponents of all other numbers, and what zero can drift by, within kZero / 4.
-template <class T, class Exponent>
-struct Scaled {
-  T mantissa;
-  Exponent exponent;
-
-  static constexpr Exponent kZero = -(Exponent{1} << (sizeof(Exponent) * 8 - 2));
-
-  template <class F>
-  __device__ __forceinline__ Scaled each(F f) const {
-    return {f(mantissa), f(exponent)};
-  }
-};
-
-// float32 first runs with 32-bit exponents; a pair whose costs over gamma are too large for them says so by `wide` and
-// is run again with 64 bits, as float64 always is.
-template <class T, class Exponent>
-struct Forward {
-  using In = T;
-  using Out = Probs<T>;
-  using Message = Scaled<T, Exponent>;
-  static constexpr bool kNarrow = sizeof(Exponent) == 4;
-
-  const T* cost;
-  int64_t cost_row;  // stride
-  Probs<T>* probs;
-  int64_t columns;
-  double scale;  // -log2(e) / gamma
-  double limit;  // of |scale cost|
-  bool bad = false, wide = false;
-
-  __device__ Forward(const T* cost, int64_t cost_row, Probs<T>* probs, int64_t columns, double scale, const Band& band)
-      : cost(cost), cost_row(cost_row), probs(probs), columns(columns), scale(scale) {
-    // A path has fewer than n + m cells. The rest leaves room for what sums and rounding add to an exponent.
-    limit = static_cast<double>(-Message::kZero / 4) / (static_cast<double>(band.n) + band.m) - 64;
-    if (kNarrow) limit = smaller(limit, 2097152.0);  // 2^21: see weight()
-  }
-
-  static __device__ __forceinline__ T outside() { return static_cast<T>(INFINITY); }
-  static __device__ __forceinline__ Message closed() { return {T(1), Message::kZero}; }
-  static __device__ __forceinline__ Message origin() { return {T(1), 0}; }
-  static __device__ __forceinline__ void begin() {}
-
-  __device__ __forceinline__ T load(int i, int j) {
-    const T c = cost[i * cost_row + j];
-    if (c == outside()) return c;
-    if (c != c || c == -outside()) bad = true;
-    if (kNarrow) {
-      const float t = c * static_cast<float>(scale);
-      if (fabsf(t) <= static_cast<float>(limit)) return c;
-      wide = true;
-    } else {
-      const double t = c * scale;
-      if (fabs(t) <= limit) return c;
-      if (t > 0) bad = true;
-    }
-    return outside();
-  }
-
-  __device__ __forceinline__ void store(int i, int j, const Probs<T>& p) { probs[i * columns + j] = p; }
-
-  // 2^(scale c) = result 2^shift.
-  __device__ __forceinline__ T weight(T c, Exponent* shift) const {
-    const bool open = c != outside();
-    if constexpr (kNarrow) {
-      // Adding 1.5 2^23 rounds to a whole number and leaves it in the low bits. `scale` is taken as the sum of two
-      // floats.
-      const float high = static_cast<float>(scale), low = static_cast<float>(scale - high), magic = 12582912.0f;
-      const float rounded = fmaf(c, high, magic);
-      const float fraction = fmaf(c, low, fmaf(c, high, magic - rounded));
-      *shift = open ? __float_as_int(rounded) - __float_as_int(magic) : Message::kZero;
-      return open ? exp2f(fraction) : 1.0f;
-    } else {
-      const double whole = rint(c * scale), fraction = fma(static_cast<double>(c), scale, -whole);
-      *shift = open ? static_cast<Exponent>(whole) : Message::kZero;
-      return open ? exp2(static_cast<T>(fraction)) : T(1);
+    if (drop && s == 0) {
+      for (int i = threadIdx.x; i < pair.n; i += blockDim.x) look_at(drop[pair_index * problem.rows + i]);
     }
   }
-
-  __device__ __forceinline__ Probs<T> step(T c, const Message& left, const Message& diag, Message& mine) const {
-    Exponent shift;
-    const T w = weight(c, &shift);
-    const Exponent top = larger(larger(diag.exponent, mine.exponent), left.exponent);
-    const T d = diag.mantissa * power<T>(diag.exponent - top);
-    const T u = mine.mantissa * power<T>(mine.exponent - top);
-    const T l = left.mantissa * power<T>(left.exponent - top);
-    const T sum = d + (u + l);
-    const int carry = split(sum * w, &mine.mantissa);
-    mine.exponent = larger<Exponent>(top + shift + carry, Message::kZero);
-
-    // Rounding may not leave mass for a neighbour that has none: its derived share must come out exactly zero.
-    const T one_over = reciprocal(sum);
-    const T to_diag = sum == d ? T(1) : smaller(d * one_over, T(1)), rest = 1 - to_diag;
-    return {to_diag, l == 0 ? rest : smaller(u * one_over, rest)};
+  // The first and last rows of each warp, then of all.
+  int* const firsts = reinterpret_cast<int*>(dynamic_shared());
+  int* const ends = firsts + kSurveyWarps;
+  first = reduce(first, false);
+  end = reduce(end, true);
+  if (lane == 0) {
+    exchange_store(firsts + warp, first);
+    exchange_store(ends + warp, end);
   }
-};
-
-// Writes `fill` to the cells of the (rows, columns) array that are not inside the band.
-template <class T>
-__device__ void fill_outside(T* cells, int64_t rows, int64_t columns, const Band& band, T fill) {
-  const int lane = threadIdx.x % kLanes;
-  for (int64_t i = threadIdx.x / kLanes; i < rows; i += blockDim.x / kLanes) {
-    const Range inside = band.columns_of_row(static_cast<int>(i));
-    for (int64_t j = lane; j < inside.begin; j += kLanes) cells[i * columns + j] = fill;
-    for (int64_t j = inside.end + lane; j < columns; j += kLanes) cells[i * columns + j] = fill;
-  }
-}
-
-template <class T>
-__device__ void fill_all(T* cells, int64_t size, T fill) {
-  for (int64_t k = threadIdx.x; k < size; k += blockDim.x) cells[k] = fill;
-}
-
-__device__ __forceinline__ bool lengths_in_range(const Problem& p, int64_t n, int64_t m) {
-  return n >= 1 && n <= p.rows && m >= 1 && m <= p.columns;
-}
-
-// Returns false, having left only rubbish in probs, if the costs need wider exponents.
-template <class T, class Exponent>
-__device__ bool run_forward(const T* cost, int64_t cost_row, T* value, Probs<T>* probs, int64_t columns,
-                            const Band& band, double scale, char* carry_bytes) {
-  using Message = typename Forward<T, Exponent>::Message;
-  Message* carry = reinterpret_cast<Message*>(carry_bytes);
-  Forward<T, Exponent> cell(cost, cost_row, probs, columns, scale, band);
-  sweep(cell, band, carry);
-  const bool bad = __syncthreads_or(cell.bad);
-  const bool wide = __syncthreads_or(cell.wide);
-  if (wide && !bad) return false;
+  const bool any_bad = __syncthreads_or(bad);
+  const bool any_wide = __syncthreads_or(is_wide);
   if (threadIdx.x == 0) {
-    const Message end = exchange_load(carry + band.n - 1);
-    Probs<T>* mark = probs + (band.n - 1) * columns + band.m - 1;
-    if (bad) {
-      *value = static_cast<T>(NAN);
-      *mark = {*value, *value};
-    } else if (end.exponent < Message::kZero / 2) {
-      *value = static_cast<T>(INFINITY);
-      *mark = {T(1), T(1)};
-    } else {
-      *value = static_cast<T>((log2(static_cast<double>(end.mantissa)) + end.exponent) / scale);
+    for (int k = 1; k < kSurveyWarps; ++k) {
+      first = smaller(first, exchange_load(firsts + k));
+      end = larger(end, exchange_load(ends + k));
     }
+    workspace.surveys(pair_index)[s] = {smaller(first, end), end, any_bad, any_wide};
   }
+}
+
+// --- second launch
+// ----------------------------------------------------------------------------------------------------
+
+// The strip that a block of one warp is to do: the strips of all pairs side by side, in the order of the sweep.
+struct Task {
+  int64_t pair;
+  int strip;
+
+  __device__ Task(const Problem& problem, const Workspace& workspace, bool downwards) {
+    const int64_t ticket = next_ticket(workspace.tickets());
+    pair = ticket % problem.batch;
+    strip = static_cast<int>(ticket / problem.batch);
+    if (!downwards) strip = static_cast<int>(workspace.strips) - 1 - strip;
+  }
+};
+
+template <class Format, class Algebra, bool kDrop>
+__device__ __forceinline__ void run_forward(Forward<Format, Algebra, kDrop> cell, const Pair& pair, const Strip& strip,
+                                            uint64_t* slots, typename Format::Real* value) {
+  using Message = typename Forward<Format, Algebra, kDrop>::Message;
+  const int64_t words = pair.pitch() * Message::kWords;
+  const Message end = sweep_down(cell, pair, strip, slots + (strip.index - 1) * words, slots + strip.index * words);
+  if (strip.index == pair.strips - 1 && static_cast<int>(threadIdx.x) == strip.last)
+    *value = cell.algebra.value(end.any);
+}
+
+template <class Format, bool kHard, bool kDrop>
+__global__ void __launch_bounds__(kLanes, kBlocksPerSM)
+    forward_kernel(Problem problem, Gamma gamma, Cost<typename Format::Real> cost, const typename Format::Real* drop,
+                   typename Format::Real* value, unsigned char* probs, Workspace workspace) {
+  using T = typename Format::Real;
+  const Task task(problem, workspace, true);
+  value += task.pair;
+  if (!lengths_in_range(problem, task.pair)) {
+    if (task.strip == 0 && threadIdx.x == 0) *value = static_cast<T>(NAN);
+    return;
+  }
+  const Pair pair(problem, task.pair, workspace.surveys(task.pair));
+  if (task.strip >= pair.strips) return;
+  const double own_gamma = gamma.of(task.pair);
+  bool bad = own_gamma != own_gamma, wide = sizeof(T) == 8;
+  for (int k = threadIdx.x; k < pair.strips; k += kLanes) {
+    bad |= workspace.surveys(task.pair)[k].bad != 0;
+    wide |= workspace.surveys(task.pair)[k].wide != 0;
+  }
+  if (__any_sync(kAllLanes, bad)) {
+    if (task.strip == 0 && threadIdx.x == 0) *value = static_cast<T>(NAN);
+    return;
+  }
+  wide = __any_sync(kAllLanes, wide);
+
+  const Strip strip(pair, task.strip);
+  const Kept<Format, kDrop> kept(probs, task.pair, workspace.steps);
+  const T* const own_cost = cost.data + task.pair * cost.batch + strip.column;
+  const T* const own_drop = kDrop ? drop + task.pair * problem.rows : nullptr;
+  uint64_t* const slots = workspace.slots(task.pair);
+  if constexpr (kHard) {
+    run_forward(Forward<Format, Hard<T>, kDrop>{{}, own_cost, cost.row, own_drop, kept, strip.column}, pair, strip,
+                slots, value);
+  } else {
+    const double scale = -kLog2E / own_gamma;
+    if constexpr (sizeof(T) == 4) {
+      if (!wide) {
+        run_forward(
+            Forward<Format, Soft<T, int>, kDrop>{{{scale, pair}}, own_cost, cost.row, own_drop, kept, strip.column},
+            pair, strip, slots, value);
+        return;
+      }
+    }
+    run_forward(
+        Forward<Format, Soft<T, long long>, kDrop>{{{scale, pair}}, own_cost, cost.row, own_drop, kept, strip.column},
+        pair, strip, slots, value);
+  }
+}
+
+// Fills the strip's columns of a pair that is not swept.
+template <class T>
+__device__ void fill_columns(const Problem& problem, const Pair& pair, int column, T* cells, T inside) {
+  if (column >= problem.columns) return;
+  const Range rows = pair.rows_of_column(column);
+  for (int i = 0; i < problem.rows; ++i) {
+    cells[i * problem.columns + column] = rows.holds(i) && pair.in_window(i, column) ? inside : T(0);
+  }
+}
+
+// What the kernels that go up give back of a pair; `entropy` may be null, `grad_drop` is null without dropping.
+template <class T>
+struct Gradients {
+  T* cost;
+  T* drop;
+  T* entropy;
+
+  // Of what the sweep does not touch. Returns the pair's task, or false if there is nothing to sweep: for a value that
+  // is NaN, infinite, or of a pair with impossible lengths.
+  __device__ bool begin(const Problem& problem, const Task& task, T value, const Survey* surveys) {
+    const int column = task.strip * kLanes + static_cast<int>(threadIdx.x);
+    const bool possible = lengths_in_range(problem, task.pair);
+    cost += task.pair * problem.rows * problem.columns;
+    if (drop) drop += task.pair * problem.rows;
+    if (entropy) entropy += task.pair;
+    const bool swept = possible && fabs(value) < static_cast<T>(INFINITY);
+    const T inside = value == static_cast<T>(INFINITY) ? T(0) : static_cast<T>(NAN);
+    const int64_t n = possible ? problem.x_lengths[task.pair] : problem.rows;
+    if (task.strip == 0) {
+      if (!swept && entropy && threadIdx.x == 0) *entropy = inside;
+      for (int64_t i = threadIdx.x; drop && i < problem.rows; i += kLanes) {
+        if (!swept || i >= n) drop[i] = i < n ? inside : T(0);
+      }
+    }
+    if (swept) return true;
+    if (possible) {
+      fill_columns(problem, Pair(problem, task.pair, surveys), column, cost, inside);
+    } else if (column < problem.columns) {
+      for (int64_t i = 0; i < problem.rows; ++i) cost[i * problem.columns + column] = inside;
+    }
+    return false;
+  }
+};
+
+// The strips of a pair that lie in padding alone.
+template <class T>
+__device__ bool in_padding(const Problem& problem, const Pair& pair, const Task& task, T* cells) {
+  if (task.strip < pair.strips) return false;
+  fill_columns(problem, pair, task.strip * kLanes + static_cast<int>(threadIdx.x), cells, T(0));
   return true;
 }
 
-template <class T>
-__global__ void __launch_bounds__(kMaxWarps* kLanes)
-    forward_kernel(Problem problem, Cost<T> cost, T* value, Probs<T>* probs, double scale, char* workspace) {
-  const int64_t pair = blockIdx.x, n = problem.x_lengths[pair], m = problem.y_lengths[pair];
-  cost.data += pair * cost.batch;
-  probs += pair * problem.rows * problem.columns;
-  value += pair;
-  if (!lengths_in_range(problem, n, m)) {
-    fill_all(probs, problem.rows * problem.columns, Probs<T>{0, 0});
-    if (threadIdx.x == 0) *value = static_cast<T>(NAN);
-    return;
-  }
-  const Band band(static_cast<int>(n), static_cast<int>(m), problem.band);
-  fill_outside(probs, problem.rows, problem.columns, band, Probs<T>{0, 0});
-  char* carry = workspace + pair * problem.rows * kCarryBytes;
-  if constexpr (sizeof(T) == 4) {
-    if (run_forward<T, int>(cost.data, cost.row, value, probs, problem.columns, band, scale, carry)) return;
-  }
-  run_forward<T, long long>(cost.data, cost.row, value, probs, problem.columns, band, scale, carry);
+template <class Cell, class T>
+__device__ __forceinline__ double run_up(Cell& cell, const Problem& problem, const Pair& pair, const Strip& strip,
+                                         const Task& task, const Workspace& workspace, bool summed) {
+  const int64_t words = pair.pitch() * Cell::Message::kWords;
+  uint64_t* const slots = workspace.slots(task.pair);
+  sweep_up(cell, pair, strip, problem.rows, problem.columns, slots + (strip.index + 1) * words,
+           slots + strip.index * words);
+  if (!summed) return 0;
+  uint64_t* const sums = workspace.sums(task.pair);
+  return sum_over_strips(cell.entropy, strip.index + 1 < pair.strips ? sums + strip.index + 1 : nullptr,
+                         sums + strip.index);
 }
 
-// --- backward ----------------------------------------------------------------------------------------------------
+template <class Format, bool kDrop, bool kEntropy>
+__global__ void __launch_bounds__(kLanes, kBlocksPerSM)
+    backward_kernel(Problem problem, const typename Format::Real* grad_value, int64_t grad_stride,
+                    const typename Format::Real* value, const unsigned char* probs,
+                    Gradients<typename Format::Real> gradients, Workspace workspace) {
+  using T = typename Format::Real;
+  const Task task(problem, workspace, false);
+  if (!gradients.begin(problem, task, value[task.pair], workspace.surveys(task.pair))) return;
+  const Pair pair(problem, task.pair, workspace.surveys(task.pair));
+  if (in_padding(problem, pair, task, gradients.cost)) return;
+  const Strip strip(pair, task.strip);
+  Backward<Format, kDrop, kEntropy> cell{{probs, task.pair, workspace.steps},
+                                         gradients.cost + strip.column,
+                                         grad_value[task.pair * grad_stride],
+                                         gradients.drop,
+                                         strip};
+  const double entropy = run_up<decltype(cell), T>(cell, problem, pair, strip, task, workspace, kEntropy);
+  if (kEntropy && strip.index == 0 && threadIdx.x == 0) *gradients.entropy = static_cast<T>(entropy);
+}
 
-// Expectation on its way to the left and to the upper left neighbour.
+// A direction: of the costs, and of prices and gamma, for which null is zero.
 template <class T>
-struct Flow {
-  T left, diag;
-
-  template <class F>
-  __device__ __forceinline__ Flow each(F f) const {
-    return {f(left), f(diag)};
-  }
+struct Direction {
+  Cost<T> cost;
+  const T* drop;
+  Gamma gamma;  // with value 0
 };
 
-// The sweep's (i, j) is the pair's (n-1-i, m-1-j).
-template <class T>
-struct Backward {
-  using In = Probs<T>;
-  using Out = T;
-  using Message = Flow<T>;
-
-  const Probs<T>* last_probs;  // of the pair's last cell
-  T* last_grad;
-  int64_t columns;
-  T grad, poison;  // poison: NaN if the pair is to have NaN gradients, else 0
-  T up = 0;
-
-  static __device__ __forceinline__ Probs<T> outside() { return {0, 0}; }
-  static __device__ __forceinline__ Flow<T> closed() { return {0, 0}; }
-  __device__ __forceinline__ Flow<T> origin() const { return {0, grad}; }
-  __device__ __forceinline__ void begin() { up = 0; }
-
-  __device__ __forceinline__ Probs<T> load(int i, int j) const { return last_probs[-(i * columns + j)]; }
-  __device__ __forceinline__ void store(int i, int j, T e) { last_grad[-(i * columns + j)] = e; }
-
-  __device__ __forceinline__ T step(const Probs<T>& p, const Flow<T>& left, const Flow<T>& diag, Flow<T>& mine) {
-    const T e = (up + diag.diag) + (left.left + poison);
-    mine = {e * ((1 - p.diag) - p.up), e * p.diag};
-    up = e * p.up;
-    return e;
-  }
-};
-
-template <class T>
-__global__ void __launch_bounds__(kMaxWarps* kLanes)
-    backward_kernel(Problem problem, const T* grad_value, int64_t grad_stride, const Probs<T>* probs, T* grad_cost,
-                    char* workspace) {
-  const int64_t pair = blockIdx.x, n = problem.x_lengths[pair], m = problem.y_lengths[pair];
-  const int64_t size = problem.rows * problem.columns;
-  probs += pair * size;
-  grad_cost += pair * size;
-  if (!lengths_in_range(problem, n, m)) {
-    fill_all(grad_cost, size, static_cast<T>(NAN));
+template <class Format, bool kDrop>
+__global__ void __launch_bounds__(kLanes, kBlocksPerSM)
+    tangent_kernel(Problem problem, Gamma gamma, Direction<typename Format::Real> along,
+                   const typename Format::Real* value, const unsigned char* probs, typename Format::Real* slope,
+                   Turn<typename Format::Real, kDrop>* turns, Workspace workspace) {
+  using T = typename Format::Real;
+  const Task task(problem, workspace, true);
+  const T own_value = value[task.pair];
+  slope += task.pair;
+  if (!lengths_in_range(problem, task.pair) || !(fabs(own_value) < static_cast<T>(INFINITY))) {
+    const bool no_path = lengths_in_range(problem, task.pair) && own_value == static_cast<T>(INFINITY);
+    if (task.strip == 0 && threadIdx.x == 0) *slope = no_path ? T(0) : static_cast<T>(NAN);
     return;
   }
-  const Band band(static_cast<int>(n), static_cast<int>(m), problem.band);
-  fill_outside(grad_cost, problem.rows, problem.columns, band, T(0));
-  const int64_t last = (n - 1) * problem.columns + m - 1;
-  const Probs<T> mark = probs[last];
-  const bool bad = mark.diag != mark.diag, no_path = mark.diag + mark.up > T(1.5);
-  Backward<T> cell{probs + last, grad_cost + last, problem.columns, no_path ? T(0) : grad_value[pair * grad_stride],
-                   bad ? static_cast<T>(NAN) : T(0)};
-  sweep(cell, band, reinterpret_cast<Flow<T>*>(workspace + pair * problem.rows * kCarryBytes));
+  const Pair pair(problem, task.pair, workspace.surveys(task.pair));
+  if (task.strip >= pair.strips) return;
+  const Strip strip(pair, task.strip);
+  const double own_gamma = gamma.of(task.pair);
+  Tangent<Format, kDrop> cell{{probs, task.pair, workspace.steps},
+                              turns + task.pair * workspace.steps * kLanes,
+                              along.cost.data + task.pair * along.cost.batch + strip.column,
+                              along.cost.row,
+                              along.drop ? along.drop + task.pair * problem.rows : nullptr,
+                              along.gamma.floats    ? along.gamma.floats[task.pair]
+                              : along.gamma.doubles ? along.gamma.doubles[task.pair]
+                                                    : 0.0,
+                              own_gamma > 0 ? 1 / own_gamma : 0.0};
+  using Message = typename Tangent<Format, kDrop>::Message;
+  const int64_t words = pair.pitch() * Message::kWords;
+  uint64_t* const slots = workspace.slots(task.pair);
+  const Message end = sweep_down(cell, pair, strip, slots + (strip.index - 1) * words, slots + strip.index * words);
+  if (strip.index == pair.strips - 1 && static_cast<int>(threadIdx.x) == strip.last) *slope = static_cast<T>(end.x[0]);
 }
 
-// --- launchers ---------------------------------------------------------------------------------------------------
-
-// As many warps as there are strips, as far as shared memory goes.
-template <class T>
-cudaError_t block_shape(const Problem& problem, int* threads, size_t* shared_bytes) {
-  constexpr size_t per_warp = kRing * kLanes * (sizeof(T) + sizeof(Probs<T>));
-  if (problem.batch > INT32_MAX || problem.rows > kMaxSize || problem.columns > kMaxSize) return cudaErrorInvalidValue;
-  size_t available = 0;
-  if (const cudaError_t error = shared_bytes_per_block(&available); error != cudaSuccess) return error;
-  int64_t warps = (problem.columns + kLanes - 1) / kLanes;
-  if (warps > kMaxWarps) warps = kMaxWarps;
-  if (warps > static_cast<int64_t>(available / per_warp)) warps = static_cast<int64_t>(available / per_warp);
-  if (warps < 1) warps = 1;
-  *threads = static_cast<int>(warps) * kLanes;
-  *shared_bytes = static_cast<size_t>(warps) * per_warp;
-  return cudaSuccess;
+// `gradients.entropy` takes d slope / d gamma.
+template <class Format, bool kDrop>
+__global__ void __launch_bounds__(kLanes, kBlocksPerSM)
+    curvature_kernel(Problem problem, const typename Format::Real* grad_value, int64_t grad_stride,
+                     const typename Format::Real* value, const unsigned char* probs,
+                     const Turn<typename Format::Real, kDrop>* turns, Gradients<typename Format::Real> gradients,
+                     Workspace workspace) {
+  using T = typename Format::Real;
+  const Task task(problem, workspace, false);
+  if (!gradients.begin(problem, task, value[task.pair], workspace.surveys(task.pair))) return;
+  const Pair pair(problem, task.pair, workspace.surveys(task.pair));
+  if (in_padding(problem, pair, task, gradients.cost)) return;
+  const Strip strip(pair, task.strip);
+  const T grad = grad_value[task.pair * grad_stride];
+  Curvature<Format, kDrop> cell{{probs, task.pair, workspace.steps},
+                                turns + task.pair * workspace.steps * kLanes,
+                                gradients.cost + strip.column,
+                                grad,
+                                gradients.drop,
+                                strip};
+  const double entropy = run_up<decltype(cell), T>(cell, problem, pair, strip, task, workspace, true);
+  if (strip.index == 0 && threadIdx.x == 0) *gradients.entropy = static_cast<T>(-grad * entropy);
 }
 
-// `workspace`: workspace_bytes(problem) bytes of device memory, 16-byte aligned, that may hold anything. gamma > 0.
+// --- launchers
+// --------------------------------------------------------------------------------------------------------
+
+// Bytes of `probs` (B, bytes): what forward keeps for backward.
+template <class Format>
+int64_t probs_bytes(const Problem& problem) {
+  const int64_t steps = steps_per_pair(problem);
+  return problem.dropping ? Kept<Format, true>::bytes(steps) : Kept<Format, false>::bytes(steps);
+}
+
+// Words of the largest message that a launch hands from strip to strip.
+inline int64_t forward_words(const Problem& problem) { return problem.dropping ? 4 : 2; }
+constexpr int64_t kBackwardWords = 3, kCurvatureWords = 5;
+
+inline Workspace workspace_of(const Problem& problem, int64_t words, void* memory) {
+  return {static_cast<char*>(memory), problem.batch, problem.strips(), steps_per_pair(problem), words};
+}
+
+// Of device memory, 16-byte aligned, that may hold anything.
+inline int64_t workspace_bytes(const Problem& problem, int64_t words) {
+  return workspace_of(problem, words, nullptr).bytes();
+}
+
+// Of memory for the tangent's Turns.
 template <class T>
-cudaError_t forward(const Problem& problem, const Cost<T>& cost, T* value, T* probs, double gamma, void* workspace,
+int64_t turns_bytes(const Problem& problem) {
+  const int64_t turn = problem.dropping ? sizeof(Turn<T, true>) : sizeof(Turn<T, false>);
+  return problem.batch * steps_per_pair(problem) * kLanes * turn;
+}
+
+inline bool fits(const Problem& problem) {
+  return problem.rows <= kMaxSize && problem.columns <= kMaxSize && problem.batch <= INT32_MAX / problem.strips();
+}
+
+template <class T>
+cudaError_t prepare(const Problem& problem, const Gamma& gamma, const Cost<T>& cost, const T* drop, bool hard,
+                    const Workspace& workspace, cudaStream_t stream) {
+  return launch(prepare_kernel<T>, problem.batch * problem.strips(), kSurveyWarps * kLanes,
+                2 * kSurveyWarps * sizeof(int), stream, problem, gamma, cost, drop, hard, workspace);
+}
+
+// Calls go(std::bool_constant) for the value of `flag`.
+template <class Go>
+cudaError_t with_flag(bool flag, const Go& go) {
+  return flag ? go(std::true_type{}) : go(std::false_type{});
+}
+
+// gamma.value = 0 is hard DTW. `drop` (B,N) if problem.dropping. `probs`: probs_bytes per pair, or null.
+template <class Format>
+cudaError_t forward(const Problem& problem, const Gamma& gamma, const Cost<typename Format::Real>& cost,
+                    const typename Format::Real* drop, typename Format::Real* value, unsigned char* probs, void* memory,
                     cudaStream_t stream) {
+  using T = typename Format::Real;
   if (problem.batch == 0) return cudaSuccess;
-  int threads = 0;
-  size_t shared_bytes = 0;
-  if (const cudaError_t error = block_shape<T>(problem, &threads, &shared_bytes); error != cudaSuccess) return error;
-  return launch(forward_kernel<T>, problem.batch, threads, shared_bytes, stream, problem, cost, value,
-                reinterpret_cast<Probs<T>*>(probs), -1.4426950408889634 / gamma, static_cast<char*>(workspace));
+  if (!fits(problem)) return cudaErrorInvalidValue;
+  const Workspace workspace = workspace_of(problem, forward_words(problem), memory);
+  const bool hard = !gamma.floats && !gamma.doubles && gamma.value == 0;
+  const cudaError_t error = prepare(problem, gamma, cost, drop, hard, workspace, stream);
+  if (error != cudaSuccess) return error;
+  return with_flag(hard, [&](auto is_hard) {
+    return with_flag(problem.dropping, [&](auto dropping) {
+      using Cell = Forward<Format, Soft<T, long long>, dropping>;
+      return launch(forward_kernel<Format, is_hard, dropping>, problem.batch * problem.strips(), kLanes,
+                    shared_bytes_down<Cell>(), stream, problem, gamma, cost, drop, value, probs, workspace);
+    });
+  });
 }
 
-template <class T>
-cudaError_t backward(const Problem& problem, const T* grad_value, int64_t grad_stride, const T* probs, T* grad_cost,
-                     void* workspace, cudaStream_t stream) {
+// `grad_drop` (B,N) if problem.dropping; `entropy` (B) or null.
+template <class Format>
+cudaError_t backward(const Problem& problem, const typename Format::Real* grad_value, int64_t grad_stride,
+                     const typename Format::Real* value, const unsigned char* probs,
+                     const Gradients<typename Format::Real>& gradients, void* memory, cudaStream_t stream) {
+  using T = typename Format::Real;
   if (problem.batch == 0) return cudaSuccess;
-  int threads = 0;
-  size_t shared_bytes = 0;
-  if (const cudaError_t error = block_shape<T>(problem, &threads, &shared_bytes); error != cudaSuccess) return error;
-  return launch(backward_kernel<T>, problem.batch, threads, shared_bytes, stream, problem, grad_value, grad_stride,
-                reinterpret_cast<const Probs<T>*>(probs), grad_cost, static_cast<char*>(workspace));
+  if (!fits(problem)) return cudaErrorInvalidValue;
+  const Workspace workspace = workspace_of(problem, kBackwardWords, memory);
+  const cudaError_t error = prepare<T>(problem, {}, {}, nullptr, false, workspace, stream);
+  if (error != cudaSuccess) return error;
+  return with_flag(problem.dropping, [&](auto dropping) {
+    return with_flag(gradients.entropy != nullptr, [&](auto with_entropy) {
+      using Cell = Backward<Format, dropping, with_entropy>;
+      return launch(backward_kernel<Format, dropping, with_entropy>, problem.batch * problem.strips(), kLanes,
+                    shared_bytes_up<Cell>(), stream, problem, grad_value, grad_stride, value, probs, gradients,
+                    workspace);
+    });
+  });
+}
+
+// `slope` (B): the derivative of the value along the direction; `gradients`: the derivative of that, times grad_value,
+// in the costs, the prices (if problem.dropping) and, as `entropy`, gamma. `turns`: turns_bytes of memory.
+template <class Format>
+cudaError_t curvature(const Problem& problem, const Gamma& gamma, const Direction<typename Format::Real>& along,
+                      const typename Format::Real* grad_value, int64_t grad_stride, const typename Format::Real* value,
+                      const unsigned char* probs, typename Format::Real* slope,
+                      const Gradients<typename Format::Real>& gradients, void* turns, void* memory,
+                      cudaStream_t stream) {
+  using T = typename Format::Real;
+  if (problem.batch == 0) return cudaSuccess;
+  if (!fits(problem)) return cudaErrorInvalidValue;
+  const Workspace workspace = workspace_of(problem, kCurvatureWords, memory);
+  return with_flag(problem.dropping, [&](auto dropping) {
+    auto* const kept_turns = static_cast<Turn<T, dropping>*>(turns);
+    const int64_t blocks = problem.batch * problem.strips();
+    cudaError_t error = prepare<T>(problem, gamma, {}, nullptr, false, workspace, stream);
+    if (error != cudaSuccess) return error;
+    error = launch(tangent_kernel<Format, dropping>, blocks, kLanes, shared_bytes_down<Tangent<Format, dropping>>(),
+                   stream, problem, gamma, along, value, probs, slope, kept_turns, workspace);
+    if (error != cudaSuccess) return error;
+    error = prepare<T>(problem, gamma, {}, nullptr, false, workspace, stream);
+    if (error != cudaSuccess) return error;
+    return launch(curvature_kernel<Format, dropping>, blocks, kLanes, shared_bytes_up<Curvature<Format, dropping>>(),
+                  stream, problem, grad_value, grad_stride, value, probs, kept_turns, gradients, workspace);
+  });
 }
 
 }  // namespace lyra::soft_dtw

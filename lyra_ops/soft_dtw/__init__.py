@@ -24,9 +24,8 @@ Common to all functions here:
 * ``bits``: 16 or 8, of each probability that the compiled backends keep for backward: 4 or 2 bytes per cell (half as
   much again with ``drop_cost``), with an int band per cell inside it. Relative L2 error of a gradient: at most 1e-4 and
   1e-2 on the inputs of bench/accuracy. The value does not depend on it. float64 keeps doubles.
-* ``backend``: None chooses; by name: "cuda", "cpu", "reference". "cpu" serves every call, "cuda" no drop_cost, gamma
-  tensor, (low, high) band or gamma = 0, "reference" all, slowly. `lyra_ops.backend_of` tells.
-* Differentiable twice, in cost, gamma and drop_cost; through "cuda" once (the second raises NotImplementedError).
+* ``backend``: None chooses; by name: "cuda", "cpu", "reference" (slowly). `lyra_ops.backend_of` tells.
+* Differentiable twice, in cost, gamma and drop_cost.
 * A pair without any path (a band with a gap, infinite costs) has value +inf and gradient zero. NaN or -inf in a cell of
   the pair makes its value and gradient NaN, and no other's.
 * 16-bit inputs are computed, and results returned, in float32; float64 in float64.
@@ -234,7 +233,7 @@ def _check(
 
 
 # What the compiled backends do not serve yet.
-LACKS = {"cuda": {"gammas", "windows", "drop", "hard", "curvature"}, "cpu": set()}
+LACKS = {"cuda": set(), "cpu": set()}
 
 
 def _choose(op: str, device: torch.device, arguments: _Arguments, backend: str | None, *, twice: bool = False) -> str:
@@ -385,15 +384,25 @@ if missing_kernel("soft_dtw_forward", "cpu") is None:
     @torch.library.register_fake("lyra::soft_dtw_forward")
     def _(cost, x_lengths, y_lengths, gamma, gammas, band, low, high, drop, store):
         batch, rows, columns = cost.shape
+        bytes_per_share = 8 if store == 64 else store // 8
         if cost.device.type == "cuda":
-            return cost.new_empty(batch), cost.new_empty(batch, rows, columns, 2)
+            # csrc/soft_dtw/pairs.h: steps_per_pair; cells.h: Kept::bytes
+            lanes, tail, block = 32, 62, 16
+            strips = torch.sym_max((columns + lanes - 1) // lanes, 1)
+            steps = strips * ((rows + tail + block - 1) // block * block)
+            if band >= 0:
+                inside = torch.sym_max(2 * torch.sym_min(band, columns) * rows, rows + columns)
+                in_band = inside // lanes + 2 * rows + columns // 8 + 1
+                steps = torch.sym_min(steps, in_band + strips * (tail + block - 1))
+            kept = lanes * steps * bytes_per_share * (2 if drop is None else 3)
+            return cost.new_empty(batch), cost.new_empty(batch, kept, dtype=torch.uint8)
         # csrc/soft_dtw/stripes.h: most_steps, record_bytes
         lanes, reach = 8, 15
         stripes = (rows + lanes - 1) // lanes
         steps = stripes * (columns + reach)
         if band >= 0:
             steps = torch.sym_min(steps, stripes * (2 * torch.sym_min(band, columns) + 2 + reach) + 2 * columns)
-        record = lanes * (8 if store == 64 else store // 8) * (2 if drop is None else 3)
+        record = lanes * bytes_per_share * (2 if drop is None else 3)
         return cost.new_empty(batch), cost.new_empty(batch, steps * record, dtype=torch.uint8)
 
     @torch.library.register_fake("lyra::soft_dtw_backward")
