@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_multi_lora import each_adapter_and_mask, formula, layer, leaves, sum_of_formulas
 from torch import Tensor
 
-from lyra_ops import LoraBank, LoraRouting
+from lyra_ops import LoraBank, LoraRouting, multi_lora_linear
 from lyra_ops.multi_lora import dropout, fused, kernels, plan, reference
 from lyra_ops.multi_lora.function import Base, Call, linears
 from lyra_ops.testing import assert_within_reference_error
@@ -41,6 +41,8 @@ def test_plan(adapters: int, tokens: int, slots: int, seed: int):
     room = math.ceil(tokens * slots / plan.TILE) + adapters
     assert made.chunks.tolist() == chunks + [[-1, 0]] * (room - len(chunks))
 
+    shapes = [t.shape for t in fused.FAKES["multi_lora_plan"](ids, adapters)]
+    assert shapes == [t.shape for t in made]
     for tile, words in enumerate(made.present.tolist()):
         inside = {e for row in clean[tile * plan.TILE : (tile + 1) * plan.TILE] for e in row} - {-1}
         assert {e for e in range(32 * len(words)) if words[e // 32] >> (e % 32) & 1} == inside
@@ -207,3 +209,21 @@ def test_dropout_in_the_twins_is_the_mask():
     want = base + each_adapter_and_mask(dropped, weight, bias, adapters, ids) - base.sub(0) * 0
     want = want - torch.nn.functional.linear(dropped, weight, bias)
     torch.testing.assert_close(got, want)
+
+
+@pytest.mark.interp
+@pytest.mark.skipif(not fused.INTERPRETED, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+def test_triton_through_the_public_function(dropout_p: float):
+    pytest.importorskip("triton")
+    x, weight, bias, adapters, _ = layer((4, 8, 2), 90, dtype=torch.float32)
+    bank, ids, shares = LoraBank.pack(adapters), torch.randint(-1, 2, (90, 2)), torch.rand(90, 2)
+    results = []
+    for backend in ("triton", "reference"):
+        torch.manual_seed(0)
+        inputs = [*leaves(x, weight, bias, adapters), shares.requires_grad_()]
+        routing, options = LoraRouting(ids, bank, shares), {"dropout_p": dropout_p, "training": True}
+        y = multi_lora_linear(x, weight, bank, routing, bias, backend=backend, **options)
+        results.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
+    for got, want in zip(*results):
+        torch.testing.assert_close(got, want)

@@ -15,13 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lyra_ops._backend import missing_kernel
-from lyra_ops.multi_lora import dropout, function, reference
+from lyra_ops.multi_lora import dropout, function
 from lyra_ops.multi_lora.bank import LoraBank
 from lyra_ops.multi_lora.function import Gradients
 
 # Measured by `python -m bench multi_lora` on two cores of an AMD EPYC.
 RUN = 16  # an adapter's tokens in runs of at least so many on average are multiplied run by run, shorter ones together
-FEW_TOKENS = 32  # up to so many tokens of several frozen adapters: one product with all of them
 ONE_NODE = 256  # from so many tokens on one autograd node is faster than one per operation
 
 
@@ -74,15 +73,11 @@ def plan(adapter_ids: Tensor) -> list[Block]:
 
 def linears(call: function.Call, x: Tensor, weights: Tensor | None, bases: Sequence[function.Base]) -> list[Tensor]:
     """y (T, N) for each base layer and its bank, x (T, K) being in the dtype of y."""
-    blocks, graph = call.routing.blocks, torch.is_grad_enabled()
-    if weights is None and not (graph and len(x) >= ONE_NODE):
-        if len(blocks) == 1 and blocks[0].runs[0][1] is None:
-            options = (blocks[0].runs[0][0], call.seed, call.drop)
-            return [add_one(base(x), x, bank, *options) for base, bank in zip(bases, call.banks)]
-        if blocks and len(x) <= FEW_TOKENS and not graph:
-            options = (call.routing.pairs, None, call.seed, call.drop)
-            rows = [bank.rows(x.dtype) for bank in call.banks]
-            return [reference.add_adapters(base(x), x, mine, *options) for base, mine in zip(bases, rows)]
+    blocks = call.routing.blocks
+    uniform = len(blocks) == 1 and blocks[0].runs[0][1] is None and weights is None
+    if uniform and (len(x) < ONE_NODE or not torch.is_grad_enabled()):
+        options = (blocks[0].runs[0][0], call.seed, call.drop)
+        return [add_one(base(x), x, bank, *options) for base, bank in zip(bases, call.banks)]
     return function.linears(call, x, weights, bases)
 
 

@@ -11,7 +11,6 @@ to its y in place and returns the tensors that ``gradients`` wants to see again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -33,8 +32,7 @@ class Base(NamedTuple):
         return self.y if self.weight is None else F.linear(x, self.weight, self.bias)
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """One call of an op: all but the tensors that may want gradients."""
 
     engine: object

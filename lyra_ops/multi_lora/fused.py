@@ -7,6 +7,8 @@ functions of this package. T tokens, S adapters per token, E adapters.
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from typing import NamedTuple
 
 import torch
@@ -16,7 +18,7 @@ from lyra_ops._backend import missing_kernel
 from lyra_ops.multi_lora import dropout
 from lyra_ops.multi_lora.bank import LoraBank, keep
 from lyra_ops.multi_lora.function import Gradients
-from lyra_ops.multi_lora.plan import Plan
+from lyra_ops.multi_lora.plan import TILE, Plan, build
 
 
 class Group(NamedTuple):
@@ -150,14 +152,51 @@ def _b_of(bank: LoraBank, dtype: torch.dtype) -> Tensor:
     return keep("b", dtype, [bank], lambda: torch.cat([b.T for _, b in bank.adapters]).to(dtype))
 
 
-COMPILED = Engine(Compiled)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def engine(backend: str) -> Engine:
+    """Of "cuda" or "triton"."""
+    if backend == "cuda":
+        return Engine(Compiled)
+    from lyra_ops.multi_lora import triton  # here, because importing Triton takes longer than importing the rest
+
+    return Engine(triton)
+
+
+@torch.compiler.assume_constant_result
+def triton_missing() -> str | None:
+    return None if importlib.util.find_spec("triton") else "triton is not installed: pip install triton"
+
+
+def plan(adapter_ids: Tensor, adapters: int) -> Plan:
+    """`plan.build`, in one kernel where there is one."""
+    if adapter_ids.is_cuda and adapters <= 1024 and missing_kernel("multi_lora_plan", "cuda") is None:
+        return Plan(*torch.ops.lyra.multi_lora_plan(adapter_ids.contiguous(), adapters))
+    return build(adapter_ids, adapters)
+
+
+def _plan_fake(ids: Tensor, adapters: int) -> tuple[Tensor, ...]:
+    tokens, pairs = ids.shape[0], ids.numel()
+    shapes = (
+        ids.shape,
+        (adapters + 1,),
+        (pairs,),
+        ((pairs + TILE - 1) // TILE + adapters, 2),
+        ((tokens + TILE - 1) // TILE, (adapters + 31) // 32),
+    )
+    return tuple(ids.new_empty(shape, dtype=torch.int32) for shape in shapes)
+
+
+def _outer_fake(h, z, table, scaling, weights, starts, pairs, chunks, seed, drop, rows) -> Tensor:
+    return h.new_empty(rows, z.shape[1])
+
 
 FAKES = {
+    "multi_lora_plan": _plan_fake,
     "multi_lora_shrink_": lambda h, *rest: None,
     "multi_lora_expand_": lambda y, *rest: None,
-    "multi_lora_outer": lambda h, z, table, scaling, weights, starts, pairs, chunks, seed, drop, rows: h.new_empty(
-        rows, z.shape[1]
-    ),
+    "multi_lora_outer": _outer_fake,
 }
 if missing_kernel("multi_lora_shrink_", "cuda") is None:
     for _name, _fake in FAKES.items():
