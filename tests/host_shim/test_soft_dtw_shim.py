@@ -447,7 +447,7 @@ GUARDS = {
     ),
     "letter": ("sweep.h", "while (!__all_sync(kAllLanes, letter.is_here()))", "if (false)"),
     "sum": ("sweep.h", "while (found == kAbsent)", "while (false)"),
-    "absent": ("soft_dtw.cuh", "slots[k] = kAbsent;", ""),
+    "absent": ("soft_dtw.cuh", "slots[k] = kAbsent;", "slots[k] = 0;"),
     "skew": ("sweep.h", "diag = left;\n      left = on_its_way;", "diag = left;\n      left = mine;"),
 }
 
