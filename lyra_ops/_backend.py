@@ -47,6 +47,12 @@ def missing_kernel(raw_op: str, device: str) -> str | None:
     return _loader.missing(raw_op, device)
 
 
+def register_fake(raw_op: str) -> Callable[[Callable], Callable]:
+    """`torch.library.register_fake` of ``lyra::<raw_op>``; nothing where the library has no such op."""
+    declared = _loader.failure() is None and hasattr(torch.ops.lyra, raw_op)
+    return torch.library.register_fake(f"lyra::{raw_op}") if declared else lambda fake: fake
+
+
 def backend_of(op: Callable, /, *args: object, **kwargs: object) -> str:
     """Name of the backend that ``op(*args, **kwargs)`` would run on; nothing is computed.
 

@@ -36,7 +36,7 @@ HOW_NVCC = "install the CUDA toolkit (12.0 or newer), put nvcc on PATH and build
 
 def collect() -> dict[str, Any]:
     """Everything that the report says, as plain data."""
-    ops = [m.name for m in pkgutil.iter_modules(lyra_ops.__path__) if m.ispkg and m.name != "integrations"]
+    ops = [m.name for m in pkgutil.iter_modules(lyra_ops.__path__) if m.ispkg and _has(m.name, "reference")]
     info = {
         "lyra": _version("lyra-omni") or "source tree, not installed",
         "python": platform.python_version(),
@@ -123,8 +123,14 @@ def _op(name: str) -> dict[str, Any]:
     }
 
 
+def _has(op: str, part: str) -> bool:
+    return importlib.util.find_spec(f"lyra_ops.{op}.{part}") is not None
+
+
 def _compiled(op: str, device: str) -> str | None:
-    """None if every raw op of that name is compiled for the device, else why not."""
+    """None if the op has kernels for the device, or makes do with torch's own, else why not."""
+    if device == "cpu" and _has(op, "cpu"):
+        return None
     if (reason := _loader.failure()) is not None:
         return reason
     raw = [
@@ -132,11 +138,12 @@ def _compiled(op: str, device: str) -> str | None:
     ]
     if not raw:
         return "not written yet"
-    return next((why for name in raw if (why := _loader.missing(name, device))), None)
+    reasons = [_loader.missing(name, device) for name in raw]
+    return None if None in reasons else reasons[0]
 
 
 def _triton(op: str) -> str | None:
-    if importlib.util.find_spec(f"lyra_ops.{op}.triton") is None:
+    if not _has(op, "triton"):
         return "not written yet"
     return None if importlib.util.find_spec("triton") else "triton is not installed: pip install triton"
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lyra_ops._backend import missing_kernel
+from lyra_ops._backend import missing_kernel, register_fake
 from lyra_ops.multi_lora import dropout
 from lyra_ops.multi_lora.bank import LoraBank, keep
 from lyra_ops.multi_lora.function import Gradients
@@ -198,6 +198,5 @@ FAKES = {
     "multi_lora_expand_": lambda y, *rest: None,
     "multi_lora_outer": _outer_fake,
 }
-if missing_kernel("multi_lora_shrink_", "cuda") is None:
-    for _name, _fake in FAKES.items():
-        torch.library.register_fake(f"lyra::{_name}", _fake)
+for _name, _fake in FAKES.items():
+    register_fake(_name)(_fake)

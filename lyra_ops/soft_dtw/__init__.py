@@ -41,7 +41,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lyra_ops._backend import choose, missing_kernel
+from lyra_ops._backend import choose, missing_kernel, register_fake
 from lyra_ops._checks import FLOAT_DTYPES, INT_DTYPES, check_lengths, check_option, check_tensor, readable
 from lyra_ops.soft_dtw import reference
 
@@ -379,44 +379,44 @@ class _Gradient(torch.autograd.Function):
         return slope, grad_cost, grad_gamma, None if drop is None else grad_drop, *[None] * 8
 
 
-if missing_kernel("soft_dtw_forward", "cpu") is None:
-
-    @torch.library.register_fake("lyra::soft_dtw_forward")
-    def _(cost, x_lengths, y_lengths, gamma, gammas, band, low, high, drop, store):
-        batch, rows, columns = cost.shape
-        bytes_per_share = 8 if store == 64 else store // 8
-        if cost.device.type == "cuda":
-            # csrc/soft_dtw/pairs.h: steps_per_pair; cells.h: Kept::bytes
-            lanes, tail, block = 32, 62, 16
-            strips = torch.sym_max((columns + lanes - 1) // lanes, 1)
-            steps = strips * ((rows + tail + block - 1) // block * block)
-            if band >= 0:
-                inside = torch.sym_max(2 * torch.sym_min(band, columns) * rows, rows + columns)
-                in_band = inside // lanes + 2 * rows + columns // 8 + 1
-                steps = torch.sym_min(steps, in_band + strips * (tail + block - 1))
-            kept = lanes * steps * bytes_per_share * (2 if drop is None else 3)
-            return cost.new_empty(batch), cost.new_empty(batch, kept, dtype=torch.uint8)
-        # csrc/soft_dtw/stripes.h: most_steps, record_bytes
-        lanes, reach = 8, 15
-        stripes = (rows + lanes - 1) // lanes
-        steps = stripes * (columns + reach)
+@register_fake("soft_dtw_forward")
+def _(cost, x_lengths, y_lengths, gamma, gammas, band, low, high, drop, store):
+    batch, rows, columns = cost.shape
+    bytes_per_share = 8 if store == 64 else store // 8
+    if cost.device.type == "cuda":
+        # csrc/soft_dtw/pairs.h: steps_per_pair; cells.h: Kept::bytes
+        lanes, tail, block = 32, 62, 16
+        strips = torch.sym_max((columns + lanes - 1) // lanes, 1)
+        steps = strips * ((rows + tail + block - 1) // block * block)
         if band >= 0:
-            steps = torch.sym_min(steps, stripes * (2 * torch.sym_min(band, columns) + 2 + reach) + 2 * columns)
-        record = lanes * bytes_per_share * (2 if drop is None else 3)
-        return cost.new_empty(batch), cost.new_empty(batch, steps * record, dtype=torch.uint8)
+            inside = torch.sym_max(2 * torch.sym_min(band, columns) * rows, rows + columns)
+            in_band = inside // lanes + 2 * rows + columns // 8 + 1
+            steps = torch.sym_min(steps, in_band + strips * (tail + block - 1))
+        kept = lanes * steps * bytes_per_share * (2 if drop is None else 3)
+        return cost.new_empty(batch), cost.new_empty(batch, kept, dtype=torch.uint8)
+    # csrc/soft_dtw/stripes.h: most_steps, record_bytes
+    lanes, reach = 8, 15
+    stripes = (rows + lanes - 1) // lanes
+    steps = stripes * (columns + reach)
+    if band >= 0:
+        steps = torch.sym_min(steps, stripes * (2 * torch.sym_min(band, columns) + 2 + reach) + 2 * columns)
+    record = lanes * bytes_per_share * (2 if drop is None else 3)
+    return cost.new_empty(batch), cost.new_empty(batch, steps * record, dtype=torch.uint8)
 
-    @torch.library.register_fake("lyra::soft_dtw_backward")
-    def _(grad_value, value, probs, x_lengths, y_lengths, rows, columns, band, low, high, dropping, hard, with_entropy):
-        batch = value.shape[0]
-        return (
-            value.new_empty(batch, rows, columns),
-            value.new_empty((batch, rows) if dropping else 0),
-            value.new_empty(batch if with_entropy else 0),
-        )
 
-    @torch.library.register_fake("lyra::soft_dtw_curvature")
-    def _(grad_value, value, probs, *rest):
-        dropping, along = rest[7:9]
-        batch, rows, _ = along.shape
-        grad_drop = value.new_empty((batch, rows) if dropping else 0)
-        return value.new_empty(batch), value.new_empty(along.shape), grad_drop, value.new_empty(batch)
+@register_fake("soft_dtw_backward")
+def _(grad_value, value, probs, x_lengths, y_lengths, rows, columns, band, low, high, dropping, hard, with_entropy):
+    batch = value.shape[0]
+    return (
+        value.new_empty(batch, rows, columns),
+        value.new_empty((batch, rows) if dropping else 0),
+        value.new_empty(batch if with_entropy else 0),
+    )
+
+
+@register_fake("soft_dtw_curvature")
+def _(grad_value, value, probs, *rest):
+    dropping, along = rest[7:9]
+    batch, rows, _ = along.shape
+    grad_drop = value.new_empty((batch, rows) if dropping else 0)
+    return value.new_empty(batch), value.new_empty(along.shape), grad_drop, value.new_empty(batch)

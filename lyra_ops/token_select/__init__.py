@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lyra_ops._backend import choose, missing_kernel
+from lyra_ops._backend import choose, missing_kernel, register_fake
 from lyra_ops._checks import FLOAT_DTYPES, INT_DTYPES, check_option, check_tensor, readable
 from lyra_ops.token_select import reference
 
@@ -636,20 +636,20 @@ def _check_fits(lengths: Tensor, capacity: int, layout: str) -> None:
         raise ValueError(f"capacity: got {capacity}, but {which} {int(needed[b])} tokens")
 
 
-if missing_kernel("token_select_scores", "cpu") is None:
+@register_fake("token_select_scores")
+def _(query, key, query_mask, key_mask, key_limits, key_bias, head_weights, scale, causal, lse, per_head, *packed):
+    heads = (query.shape[1],) if per_head else ()
+    return query.new_empty((query.shape[0], *heads, key.shape[2]), dtype=torch.float32)
 
-    @torch.library.register_fake("lyra::token_select_scores")
-    def _(query, key, query_mask, key_mask, key_limits, key_bias, head_weights, scale, causal, lse, per_head, *packed):
-        heads = (query.shape[1],) if per_head else ()
-        return query.new_empty((query.shape[0], *heads, key.shape[2]), dtype=torch.float32)
 
-    @torch.library.register_fake("lyra::token_select_select")
-    def _(scores, candidates, key_mask, segments, keep, share, count, min_keep, capacity, layout, cu_seqlens):
-        samples = scores.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        rows = 1 if LAYOUTS[layout] == "packed" else samples
-        shapes = ((rows, capacity), (samples,), tuple(scores.shape))
-        return tuple(scores.new_empty(shape, dtype=torch.int64) for shape in shapes)
+@register_fake("token_select_select")
+def _(scores, candidates, key_mask, segments, keep, share, count, min_keep, capacity, layout, cu_seqlens):
+    samples = scores.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    rows = 1 if LAYOUTS[layout] == "packed" else samples
+    shapes = ((rows, capacity), (samples,), tuple(scores.shape))
+    return tuple(scores.new_empty(shape, dtype=torch.int64) for shape in shapes)
 
-    @torch.library.register_fake("lyra::token_select_gather")
-    def _(tensors, index, planes, fill, flat):
-        return [t.new_empty((*t.shape[:p], *index.shape, *t.shape[2 + p :])) for t, p in zip(tensors, planes)]
+
+@register_fake("token_select_gather")
+def _(tensors, index, planes, fill, flat):
+    return [t.new_empty((*t.shape[:p], *index.shape, *t.shape[2 + p :])) for t, p in zip(tensors, planes)]

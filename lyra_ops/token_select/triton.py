@@ -161,7 +161,7 @@ def _keys(
     d = tl.arange(0, D)
     at = b * k_batch + (b * 0 + kv_head) * k_head + place.to(tl.int64) * k_row
     k = tl.load(key + at[:, None] + d[None, :] * k_channel, mask=exists[:, None] & (d[None, :] < dim), other=0)
-    added = tl.load(bias + b * length + place, mask=exists & (has_bias != 0), other=0).to(tl.float32)
+    added = tl.load(bias + b * length + place, mask=j < n * has_bias, other=0).to(tl.float32)
     return place, k, added * 1.4426950408889634
 
 
