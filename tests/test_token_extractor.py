@@ -25,10 +25,14 @@ from token_extractor_models import (
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import lyra_model
 from lyra_ops.integrations import apply_token_extractor
 from lyra_ops.testing import assert_within_reference_error
+
+# transformers renamed it in 5.24.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 @pytest.fixture(params=FAMILIES)
@@ -231,7 +235,7 @@ def test_generating_is_recomputing(family):
             **inputs, max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True,
             suppress_tokens=SPECIAL,
         )  # fmt: skip
-    lengths = [out.cache.get_seq_length(i) for i in range(6)]
+    lengths = [getattr(out, CACHE).get_seq_length(i) for i in range(6)]
     assert lengths[0] == lengths[1] > lengths[2] == lengths[3] > lengths[4] == lengths[5]
 
     prompt = inputs["input_ids"].shape[1]
@@ -350,7 +354,7 @@ def test_a_cache_made_by_a_plain_forward_is_continued():
     place = mask.sum(1, keepdim=True) - 1
     with torch.no_grad():
         ids = out.logits[:, -1:].argmax(-1)
-        full = model(ids, attention_mask=mask, cache=out.cache, position_ids=place)
+        full = model(ids, attention_mask=mask, position_ids=place, **{CACHE: getattr(out, CACHE)})
     assert torch.equal(full.logits[:, -1].argmax(-1), want)
 
 
@@ -358,10 +362,10 @@ def test_a_cropped_cache_is_refused():
     model = tiny("llama")
     extractor = apply_token_extractor(model, blocks=3, keep=0.5, min_keep=0)
     inputs = sample("llama", 8, 5, seed=0)
-    cache = run(model, extractor, inputs, use_cache=True).cache
+    cache = getattr(run(model, extractor, inputs, use_cache=True), CACHE)
     cache.crop(-1)
     with pytest.raises(ValueError, match="cropped"):
-        model(torch.tensor([[3]]), cache=cache)
+        model(torch.tensor([[3]]), **{CACHE: cache})
 
 
 def test_a_schedule_ends_with_no_modality_token():
