@@ -97,7 +97,16 @@ def workload(
         costs={direction: costs[direction] for direction in directions},
         items=("tokens", tokens),
         budget=(5, 0.3),
+        judge=as_close_as_plain,
     )
+
+
+def as_close_as_plain(ours: Tensor, plain: Tensor, exact: Tensor, name: str) -> None:
+    """Twice the L2 error of plain torch, and rounding: with few tokens an adapter the largest single error is luck."""
+    error, theirs = ((t.double() - exact).norm().item() for t in (ours, plain))
+    allowed = 2 * theirs + torch.finfo(ours.dtype).eps * exact.norm().item()
+    if not error <= allowed:
+        raise AssertionError(f"{name}: L2 error {error:.1e}, allowed {allowed:.1e} (twice plain torch plus rounding)")
 
 
 def ours(weight: Tensor, names: list[str], ids: Tensor, backend: str | None = None) -> Callable[..., Tensor]:
