@@ -76,11 +76,9 @@ def workload(
             implementations["torch, sorted, grouped_mm"] = grouped(weight, where, adapters)
     implementations[BASE] = lambda x, *ab: _Unused.apply(F.linear(x, weight), *ab)
 
-    def each_and_mask(x: Tensor, *ab: Tensor) -> Tensor:
-        y = F.linear(x, weight.to(x.dtype))  # the float64 run of the gate comes here, too
-        for e, (a, b) in enumerate(zip(ab[::2], ab[1::2])):
-            y = y + (where == e)[:, None] * (x @ a.T @ b.T * SCALING)
-        return y
+    def plain(x: Tensor, *ab: Tensor) -> Tensor:
+        """Products of the same sizes as ours and peft's, whose rounding depends on them."""
+        return adapter_by_adapter(weight.to(x.dtype), where)(x, *ab)
 
     routed, present = int((ids >= 0).sum()), len(set(ids.tolist()) - {-1})
     numbers = 2 * tokens * size + size * size + 2 * present * RANK * size
@@ -93,20 +91,11 @@ def workload(
         name=f"{tokens} tokens, {size} x {size}, {adapters} adapters of rank {RANK} ({present} with tokens)",
         inputs=inputs,
         implementations=implementations,
-        plain=each_and_mask,
+        plain=plain,
         costs={direction: costs[direction] for direction in directions},
         items=("tokens", tokens),
         budget=(5, 0.3),
-        judge=as_close_as_plain,
     )
-
-
-def as_close_as_plain(ours: Tensor, plain: Tensor, exact: Tensor, name: str) -> None:
-    """Twice the L2 error of plain torch, and rounding: with few tokens an adapter the largest single error is luck."""
-    error, theirs = ((t.double() - exact).norm().item() for t in (ours, plain))
-    allowed = 2 * theirs + torch.finfo(ours.dtype).eps * exact.norm().item()
-    if not error <= allowed:
-        raise AssertionError(f"{name}: L2 error {error:.1e}, allowed {allowed:.1e} (twice plain torch plus rounding)")
 
 
 def ours(weight: Tensor, names: list[str], ids: Tensor, backend: str | None = None) -> Callable[..., Tensor]:
