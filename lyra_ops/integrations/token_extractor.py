@@ -25,7 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lyra_ops._checks import check_tensor
 from lyra_ops.integrations._decoder import check_attention, check_cache, check_early, drop_schedule, find_decoder
-from lyra_ops.token_select import TokenSelection, gather_tokens, select_tokens, token_scores
+from lyra_ops.token_select import TokenSelection, gather_tokens, policies, select_tokens, token_scores
 
 POLICIES = ("text", "last_row", "random", "uniform")
 _PATCHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -246,7 +246,7 @@ class TokenExtractor:
         prompt = real if labels is None else real & (labels == -100)
         prompt = torch.where(prompt.any(1, keepdim=True), prompt, real)
         text = prompt & ~modality
-        last = prompt & (prompt.flip(1).cumsum(1).flip(1) == 1)
+        last = policies.last_row(prompt)
         query = last if self.score == "last_row" else text & (modality.cumsum(1) > 0)
         if asks is not None:
             query = asks & real
@@ -413,16 +413,11 @@ class TokenExtractor:
         return token_scores(query, key, query_mask=asking, key_mask=prompt.keys, scale=scale)
 
     def _blind_scores(self, i: int) -> Tensor:
-        """Those that look at no token: random, or 1 for evenly spaced ones."""
-        prompt = self._prompt
-        rank = (prompt.modality.cumsum(1) - 1).clamp(min=0)
+        """Those that look at no token."""
+        modality = self._prompt.modality
         if self.score == "random":
-            draw = torch.rand(prompt.real.shape[1], generator=torch.Generator().manual_seed(self.seed + i))
-            return draw.to(rank.device)[rank]
-        n = prompt.modality.sum(1, keepdim=True).double()
-        k = (self.shares[i] * n).floor().clamp(min=self.min_keep).minimum(n)
-        n = n.clamp(min=1)
-        return (((rank + 1) * k / n).floor() > (rank * k / n).floor()).float()
+            return policies.random_scores(modality, seed=self.seed + i)
+        return policies.uniform_scores(modality, float(self.shares[i]), min_keep=self.min_keep)
 
     def _on_kept_tokens(self, loss_function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def loss(*args, logits: Tensor, labels: Tensor, **kwargs) -> Tensor:

@@ -77,7 +77,7 @@ def soft_dtw(
     """
     shape = check_features(x, y, cost, temperature)
     arguments = _check(shape, x.device, x_lengths, y_lengths, gamma, band, drop_cost, bits, names=("x", "y"))
-    backend = _choose("soft_dtw", x.device, arguments, backend)
+    backend = _choose("soft_dtw", x.device, backend)
     if backend == "cpu" and not torch.compiler.is_compiling():
         from lyra_ops.soft_dtw import features
 
@@ -99,7 +99,7 @@ def soft_dtw_from_cost(
     """Soft-DTW of a cost (B, N, M): (B,). Arguments as in the package's docstring."""
     cost = _check_cost(cost)
     arguments = _check(cost.shape, cost.device, x_lengths, y_lengths, gamma, band, drop_cost, bits)
-    return _run(_choose("soft_dtw_from_cost", cost.device, arguments, backend), cost, arguments)
+    return _run(_choose("soft_dtw_from_cost", cost.device, backend), cost, arguments)
 
 
 def soft_dtw_alignment(
@@ -123,7 +123,7 @@ def soft_dtw_alignment(
     arguments = _check(cost.shape, cost.device, x_lengths, y_lengths, gamma, band, drop_cost, bits)
     sources = (cost, *(a for a in arguments if isinstance(a, Tensor)))
     differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in sources)
-    backend = _choose("soft_dtw_alignment", cost.device, arguments, backend, twice=differentiable)
+    backend = _choose("soft_dtw_alignment", cost.device, backend)
     if backend == "reference":
         return reference.alignment(cost, *arguments[:5], differentiable=differentiable)
     if differentiable:
@@ -232,25 +232,11 @@ def _check(
     return _Arguments(x_lengths, y_lengths, gamma, band, drop_cost, bits)
 
 
-# What the compiled backends do not serve yet.
-LACKS = {"cuda": set(), "cpu": set()}
-
-
-def _choose(op: str, device: torch.device, arguments: _Arguments, backend: str | None, *, twice: bool = False) -> str:
-    needs = {
-        "gammas": ("gamma is a tensor", isinstance(arguments.gamma, Tensor)),
-        "windows": ("band is a pair of tensors", isinstance(arguments.band, tuple)),
-        "drop": ("drop_cost is given", arguments.drop_cost is not None),
-        "hard": ("gamma is 0", not isinstance(arguments.gamma, Tensor) and arguments.gamma == 0),
-        "curvature": ("the alignment is to be differentiated", twice),
-    }
+def _choose(op: str, device: torch.device, backend: str | None) -> str:
     why_not = {"reference": None}
     for name in ("cuda", "cpu"):
-        beyond = [why for need, (why, needed) in needs.items() if needed and need in LACKS[name]]
         if device.type != name:
             why_not[name] = f"the tensors are on {device.type}"
-        elif beyond:
-            why_not[name] = f"{beyond[0]}, which only 'reference' serves"
         else:
             why_not[name] = missing_kernel("soft_dtw_forward", name)
     return choose(op, why_not, backend)
@@ -357,8 +343,6 @@ class _Gradient(torch.autograd.Function):
         if along is None and along_gamma is None and along_drop is None:
             return (None,) * 12
         grad_value, gammas, drop, x_lengths, y_lengths, low, high, value, probs = ctx.saved_tensors
-        if "curvature" in LACKS[value.device.type]:
-            raise NotImplementedError("soft_dtw: the CUDA kernels have no second derivative; pass backend='reference'")
         slope, grad_cost, grad_drop, grad_gamma = torch.ops.lyra.soft_dtw_curvature(
             grad_value,
             value,

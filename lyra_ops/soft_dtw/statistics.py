@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lyra_ops._checks import FLOAT_DTYPES, check_lengths, check_tensor
-from lyra_ops.soft_dtw import LACKS, check_features, reference, soft_dtw_from_cost
+from lyra_ops.soft_dtw import check_features, reference, soft_dtw_from_cost
 
 
 class SoftDTWStatistics(NamedTuple):
@@ -51,21 +51,13 @@ def soft_dtw_statistics(
     gamma = 0: the best path alone, entropy 0. A pair without any path: value and expected cost +inf, the rest 0.
 
     All fields are differentiable where grad mode is on and cost, gamma or drop_cost requires grad. These are second
-    derivatives of the value, which on a GPU "reference" serves alone (slower, for a loss of this kind on short pairs);
-    under torch.no_grad() or for cost.detach() "cuda" does.
+    derivatives of the value.
     """
     check_tensor("cost", cost, shape=("B", "N", "M"), dtypes=FLOAT_DTYPES)
     cost = cost.to(torch.promote_types(cost.dtype, torch.float32))
     differentiable = torch.is_grad_enabled() and any(
         isinstance(t, Tensor) and t.requires_grad for t in (cost, gamma, drop_cost)
     )
-    only_once = differentiable and "curvature" in LACKS.get(cost.device.type, ())
-    if only_once and backend is None:
-        backend = "reference"
-    elif only_once and backend != "reference":
-        raise ValueError(
-            f"backend: {backend!r} cannot serve this call of soft_dtw_statistics: its results are to be differentiated"
-        )
     batch = cost.shape[0]
     if isinstance(gamma, Tensor):
         check_tensor("gamma", gamma, shape=(batch,) if gamma.dim() else (), dtypes=FLOAT_DTYPES, device=cost.device)
