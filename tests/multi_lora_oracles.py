@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 TILE = 64
+BF16, FP16 = torch.bfloat16, torch.float16
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,19 @@ class Case:
         told = [f"{self.tokens}x{self.size}", "r" + "_".join(map(str, self.ranks[:5])), str(self.dtype)[6:]]
         extra = {"s": self.per_token != 1 and self.per_token, "drop": self.drop, "column": self.column}
         return "-".join(told + [f"{k}{v}" for k, v in extra.items() if v] + ["runs"] * self.runs)
+
+
+COMMON_CASES = [
+    Case(1, (4,), 24, unrouted=0),
+    Case(7, (1, 13), 20, strided=True),
+    Case(70, (8, 3), 40, BF16),
+    Case(70, (8, 3), 40, FP16, strided=True, drop=20000),
+    Case(130, (20, 1, 70), 136, BF16, runs=True, absent=(1,), column=5),
+    Case(66, (5, 33), 140, BF16, per_token=3, drop=6554),
+    Case(66, (5, 33), 70, per_token=2, drop=30000, column=2),
+    Case(20, tuple(range(1, 36)), 33, BF16),
+    Case(40, (9, 2), 24, BF16, unrouted=1.0),
+]
 
 
 @dataclass

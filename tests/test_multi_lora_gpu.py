@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from multi_lora_oracles import Case, Problem, build_plan, expand, make, outer, shrink
+from multi_lora_oracles import BF16, COMMON_CASES, FP16, Case, Problem, build_plan, expand, make, outer, shrink
 from torch import Tensor
 
 import lyra_ops
@@ -15,7 +15,6 @@ from lyra_ops import _loader
 from lyra_ops.testing import assert_within_reference_error
 
 pytestmark = pytest.mark.gpu
-BF16, FP16 = torch.bfloat16, torch.float16
 
 
 @pytest.fixture(params=["cuda", "triton"])
@@ -75,22 +74,7 @@ def same(got: Tensor, want: Tensor) -> bool:
 
 
 @pytest.mark.sanitize
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case(1, (4,), 24, unrouted=0),
-        Case(7, (1, 13), 20, strided=True),
-        Case(70, (8, 3), 40, BF16),
-        Case(70, (8, 3), 40, FP16, strided=True, drop=20000),
-        Case(130, (20, 1, 70), 136, BF16, runs=True, absent=(1,), column=5),
-        Case(66, (5, 33), 140, BF16, per_token=3, drop=6554),
-        Case(66, (5, 33), 70, per_token=2, drop=30000, column=2),
-        Case(20, tuple(range(1, 36)), 33, BF16),
-        Case(5, (512,), 1000, BF16, drop=65536),
-        Case(40, (9, 2), 24, BF16, unrouted=1.0),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("case", [*COMMON_CASES, Case(5, (512,), 1000, BF16, drop=65536)], ids=str)
 def test_as_right_as_plain_torch(kernels, case):
     p = make(case)
     y = base(p)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from multi_lora_oracles import Case, Problem, expand, make, outer, shrink
+from multi_lora_oracles import BF16, COMMON_CASES, Case, Problem, expand, make, outer, shrink
 from torch import Tensor
 
 from lyra_ops.testing import assert_within_reference_error
@@ -18,9 +18,6 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 def interp(test):
     """Marks a test that the interpreter runs."""
     return pytest.mark.interp(pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")(test))
-
-
-BF16, FP16 = torch.bfloat16, torch.float16
 
 
 @pytest.fixture(scope="module")
@@ -49,22 +46,7 @@ def run_outer(kernels, p: Problem) -> Tensor:
 
 
 @interp
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case(1, (4,), 24, unrouted=0),
-        Case(7, (1, 13), 20, strided=True),
-        Case(70, (8, 3), 40, BF16),
-        Case(70, (8, 3), 40, FP16, strided=True, drop=20000),
-        Case(130, (20, 1, 70), 136, BF16, runs=True, absent=(1,), column=5),
-        Case(66, (5, 33), 140, BF16, per_token=3, drop=6554),
-        Case(66, (5, 33), 70, per_token=2, drop=30000, column=2),
-        Case(20, tuple(range(1, 36)), 33, BF16),
-        Case(5, (16,), 200, BF16, drop=65536),
-        Case(40, (9, 2), 24, BF16, unrouted=1.0),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("case", [*COMMON_CASES, Case(5, (16,), 200, BF16, drop=65536)], ids=str)
 def test_as_right_as_plain_torch(kernels, case):
     p = make(case)
     y = torch.randn(p.x.shape, generator=torch.Generator().manual_seed(9)).to(p.x.dtype)

@@ -12,7 +12,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from multi_lora_oracles import Case, Problem, build_plan, expand, make, outer, philox, shrink
+from multi_lora_oracles import BF16, COMMON_CASES, Case, Problem, build_plan, expand, make, outer, philox, shrink
 from torch import Tensor
 
 from lyra_ops import LoraBank, LoraRouting
@@ -23,7 +23,6 @@ from lyra_ops.testing import assert_within_reference_error
 KERNELS = Path(__file__).parents[2] / "csrc" / "multi_lora" / "multi_lora.cuh"
 ORDERS = {"forward": ("forward", 0), "reverse": ("reverse", 0), "shuffled": ("shuffled", 1)}
 MANY = 132  # multiprocessors: enough to cut D in parts, and to give the chunks to several workers
-BF16, FP16 = torch.bfloat16, torch.float16
 
 
 @pytest.fixture(scope="module")
@@ -79,18 +78,7 @@ def base(p: Problem) -> Tensor:
     return torch.randn(p.x.shape, generator=torch.Generator().manual_seed(9)).to(p.x.dtype)
 
 
-CASES = [
-    Case(1, (4,), 24, unrouted=0),
-    Case(7, (1, 13), 20, strided=True),
-    Case(70, (8, 3), 40, BF16),
-    Case(70, (8, 3), 40, FP16, strided=True, drop=20000),
-    Case(130, (20, 1, 70), 136, BF16, runs=True, absent=(1,), column=5),
-    Case(66, (5, 33), 140, BF16, per_token=3, drop=6554),
-    Case(66, (5, 33), 70, per_token=2, drop=30000, column=2),
-    Case(20, tuple(range(1, 36)), 33, BF16),
-    Case(5, (16,), 700, BF16, drop=65536),
-    Case(40, (9, 2), 24, BF16, unrouted=1.0),
-]
+CASES = [*COMMON_CASES, Case(5, (16,), 700, BF16, drop=65536)]
 
 
 @functools.cache
