@@ -391,6 +391,16 @@ def test_gather_backward_is_that_of_indexing():
     assert (grad[~selection.mask] == 0).all()
 
 
+@on_each_backend
+def test_gather_of_what_needs_no_gradient_needs_none(backend: str):
+    selection = select_tokens(torch.rand(2, 7), torch.ones(2, 7, dtype=torch.bool), keep=3)
+    hidden, cos, labels = torch.randn(2, 7, 4, requires_grad=True), torch.randn(2, 7, 4), torch.ones(2, 7).long()
+    results = gather_tokens(selection, cos, hidden, labels, backend=backend)
+    assert [result.requires_grad for result in results] == [False, True, False]
+    (gradient,) = torch.autograd.grad(results[1].sum(), hidden)
+    assert torch.equal(gradient, selection.mask[:, :, None].expand(2, 7, 4).float())
+
+
 def test_gather_under_gradient_checkpointing():
     scores, candidates, _ = random_case()
     selection = select_tokens(scores, candidates, keep=0.4)

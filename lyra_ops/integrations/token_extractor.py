@@ -383,15 +383,14 @@ class TokenExtractor:
     def _leave_out(self, selection: TokenSelection, hidden: Tensor, kwargs: dict) -> Tensor:
         """The kept rows of the layer's output; later layers get the kept rows of all else."""
         prompt, batch = self._prompt, hidden.shape[0]
-        # By itself: what is gathered together with a tensor that requires grad requires grad, too.
-        (hidden,) = gather_tokens(selection, hidden)
         cos, sin = (x.expand(batch, -1, -1) for x in kwargs["position_embeddings"])
         fills = {"modality": 0, "query": 0, "keys": 0, "real": 0, "positions": -1, "targets": -100}
-        tensors, fill = [cos, sin, *(getattr(prompt, name) for name in fills)], [0, 0, *fills.values()]
+        tensors = [hidden, cos, sin, *(getattr(prompt, name) for name in fills)]
+        fill = [0, 0, 0, *fills.values()]
         position_ids = kwargs.get("position_ids")
         if position_ids is not None:
             tensors, fill = [*tensors, position_ids.expand(batch, -1)], [*fill, 0]
-        cos, sin, *kept = gather_tokens(selection, *tensors, fill=fill)
+        hidden, cos, sin, *kept = gather_tokens(selection, *tensors, fill=fill)
         for name, tensor in zip(fills, kept):
             setattr(prompt, name, tensor)
         if position_ids is not None:

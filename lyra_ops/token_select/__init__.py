@@ -446,9 +446,10 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        index, inverse, ctx.planes, _, ctx.flat, ctx.compiled, *_ = inputs
+        index, inverse, ctx.planes, _, ctx.flat, ctx.compiled, *tensors = inputs
         ctx.save_for_backward(index, inverse)
-        ctx.mark_non_differentiable(*(t for t in output if not (t.is_floating_point() or t.is_complex())))
+        # Else one tensor that requires grad would make all of them require it.
+        ctx.mark_non_differentiable(*(out for out, t in zip(output, tensors) if not t.requires_grad))
         ctx.set_materialize_grads(False)
 
     @staticmethod
