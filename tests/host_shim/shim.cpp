@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "lyra/async_copy.h"
 #include "lyra/launch.h"
 #include "lyra/mma.h"
 
@@ -113,10 +114,32 @@ std::vector<float> run_product(const std::vector<float>& a, const std::vector<fl
   return d;
 }
 
+// Two buffers in turn: each thread asks for its four numbers of the next tile, then adds up its neighbour's of this
+// one.
+__global__ void sum_of_tiles(int*, int* out, const int* tiles, int count, bool wait, bool before, bool after) {
+  uint32_t* const buffers = reinterpret_cast<uint32_t*>(lyra::dynamic_shared());
+  const int t = threadIdx.x, n = blockDim.x, neighbour = (t + 1) % n;
+  const auto fetch = [&](int tile) {
+    lyra::copy16_async(buffers + (tile % 2 * n + t) * 4, tiles + (tile * n + t) * 4, tile < count);
+    lyra::commit_copies();
+  };
+  int sum = 0;
+  fetch(0);
+  for (int tile = 0; tile < count; ++tile) {
+    fetch(tile + 1);
+    if (wait) lyra::wait_for_copies<1>();
+    if (after) __syncthreads();
+    for (int i = 0; i < 4; ++i) sum += lyra::exchange_load(buffers + (tile % 2 * n + neighbour) * 4 + i);
+    if (before) __syncthreads();
+  }
+  lyra::wait_for_copies<0>();
+  out[t] = sum + lyra::exchange_load(buffers + (count % 2 * n + t) * 4);  // of the tile that does not exist: 0
+}
+
 template <class... Extra>
 pybind11::list run(void (*kernel)(int*, int*, Extra...), Extra... extra) {
   std::vector<int> slots(kThreads), out(kThreads);
-  if (lyra::launch(kernel, 1, kThreads, kThreads * sizeof(float), nullptr, slots.data(), out.data(), extra...)) {
+  if (lyra::launch(kernel, 1, kThreads, 8 * kThreads * sizeof(float), nullptr, slots.data(), out.data(), extra...)) {
     throw std::runtime_error("launch failed");
   }
   pybind11::list list;
@@ -148,6 +171,10 @@ PYBIND11_MODULE(LYRA_MODULE, m) {
   m.def("nobody_writes", [] { return run(nobody_writes); });
   m.def("count", [] { return run(count); });
   m.def("read_shared", [] { return run(read_shared); });
+  m.def("sum_of_tiles", [](const std::vector<int>& tiles, bool wait, bool before, bool after) {
+    const int count = static_cast<int>(tiles.size()) / (4 * kThreads);
+    return run(sum_of_tiles, tiles.data(), count, wait, before, after);
+  });
   m.def("product", [](const std::string& type, const std::vector<float>& a, const std::vector<float>& b, bool barrier) {
     return type == "bfloat16" ? run_product<lyra::Bf16>(a, b, barrier) : run_product<lyra::Half>(a, b, barrier);
   });

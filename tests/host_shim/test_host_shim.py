@@ -82,3 +82,24 @@ def test_the_product_of_a_warp(shim, dtype):
 def test_a_product_of_what_others_have_not_written_yet_is_a_race(shim):
     with pytest.raises(RuntimeError, match="race"):
         shim.product("bfloat16", [1.0] * 256, [1.0] * 128, False)
+
+
+TILES = [(7 * i) % 101 for i in range(5 * 4 * THREADS)]
+
+
+def test_copies_that_land_while_the_thread_computes(shim):
+    sums = [
+        sum(sum(TILES[4 * (i + t) : 4 * (i + t) + 4]) for i in range(0, 5 * THREADS, THREADS)) for t in range(THREADS)
+    ]
+    assert shim.sum_of_tiles(TILES, True, True, True) == sums[1:] + sums[:1]
+
+
+def test_a_copy_that_nobody_waits_for_is_not_there(shim):
+    sums = shim.sum_of_tiles(TILES, True, True, True)
+    assert all(got != want for got, want in zip(shim.sum_of_tiles(TILES, False, True, True), sums))
+
+
+@pytest.mark.parametrize(("before", "after"), [(False, True), (True, False)])
+def test_a_copy_without_a_barrier_on_either_side_is_a_race(shim, before, after):
+    with pytest.raises(RuntimeError, match="race"):
+        shim.sum_of_tiles(TILES, True, before, after)

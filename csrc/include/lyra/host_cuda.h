@@ -68,6 +68,13 @@ constexpr size_t kStackBytes = 128 * 1024;
 
 enum State { kReady, kAtBlockBarrier, kAtWarpOp, kSpinning, kDone };
 
+// Sixteen bytes that a thread has asked for, and that are there once it has waited for them (lyra/async_copy.h).
+struct PendingCopy {
+  uint32_t* to;
+  const void* from;  // null: zeros
+  int64_t group;     // of those that the thread has committed
+};
+
 struct Fiber {
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   ucontext_t entry;
@@ -78,6 +85,8 @@ struct Fiber {
   uint64_t value = 0;              // offered to the others there
   uint64_t offered = 0;            // what they get, until the next operation
   unsigned mask = 0;
+  std::vector<PendingCopy> copies;
+  int64_t groups = 0;  // committed so far
 };
 
 // Who touched a place, and how many barriers it had passed.
@@ -162,6 +171,25 @@ class Device {
   void warp_barrier_passed() { ++place().warp_barriers[thread_]; }
   void posted() { idle_rounds_ = 0; }
 
+  void begin_copy(uint32_t* to, const void* from) {
+    for (int i = 0; i < 4; ++i) {
+      touch(to + i, true);
+      to[i] = ~0u;  // NaN in any float type, for whoever does not wait
+    }
+    self().copies.push_back({to, from, self().groups});
+  }
+  void commit_copies() { ++self().groups; }
+  void finish_copies(int pending) {
+    Fiber& fiber = self();
+    const auto landed = [&](const PendingCopy& copy) { return copy.group < fiber.groups - pending; };
+    for (const PendingCopy& copy : fiber.copies) {
+      if (!landed(copy)) continue;
+      for (int i = 0; i < 4; ++i) touch(copy.to + i, true);
+      copy.from ? std::memcpy(copy.to, copy.from, 16) : std::memset(copy.to, 0, 16);
+    }
+    std::erase_if(fiber.copies, landed);
+  }
+
   void touch(const void* place, bool write) {
     Residence& here = this->place();
     const Access now{here.block, thread_, here.block_barriers, here.warp_barriers[thread_]};
@@ -214,6 +242,8 @@ class Device {
     for (int t = 0; t < threads_; ++t) {
       fibers[t].started = false;
       fibers[t].state = kReady;
+      fibers[t].copies.clear();
+      fibers[t].groups = 0;
     }
     idle_rounds_ = 0;
   }
