@@ -2,8 +2,8 @@
 
 1. *align*: the projector alone, CTC between what it reads and the transcript, no language model pass: cheap.
 2. *joint*: projector and a small peft LoRA, cross-entropy of the reply + lambda * cross-modality regularizer
-   (Lyra, arXiv 2412.09501, equations 1 and 2). Replies: repeat what was said; answer a question as the language model
-   itself answers it when it is typed.
+   (Lyra, arXiv 2412.09501, equations 1 and 2) + the loss of the first stage. Replies: repeat what was said; answer a
+   question as the language model itself answers it when it is typed.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ def _setting(default: float | str, text: str) -> Any:
 class Settings:
     """Everything that decides the trained weights, and is written beside them; the defaults made those of nano."""
 
-    utterances: int = _setting(31_000, "texts to speak and to learn from, out of a fixed order")
+    utterances: int = _setting(12_000, "texts to speak and to learn from, out of a fixed order")
     start: int = _setting(0, "place of the first of them in that order, a multiple of 500")
-    align_steps: int = _setting(2400, "optimizer steps of the align stage; 0 leaves it out")
+    align_steps: int = _setting(1600, "optimizer steps of the align stage; 0 leaves it out")
     align_batch: int = _setting(64, "utterances per step of the align stage")
     align_lr: float = _setting(1e-3, "peak learning rate of the align stage")
     alignment: str = _setting("ctc", "loss of the align stage: ctc, soft_dtw or drop_dtw")
-    joint_steps: int = _setting(700, "optimizer steps of the joint stage; 0 leaves it out")
+    joint_steps: int = _setting(500, "optimizer steps of the joint stage; 0 leaves it out")
     joint_batch: int = _setting(16, "utterances per step of the joint stage")
     joint_lr: float = _setting(1e-3, "peak learning rate of the adapter")
     question_repeats: int = _setting(3, "times a question is drawn in a round of the joint stage, others once")
@@ -72,6 +72,7 @@ class Settings:
     temperature: float = _setting(1.0, "temperature of the regularizer's contrastive cost")
     gamma: float = _setting(0.1, "smoothing of the regularizer's soft-DTW")
     drop_cost: float = _setting(1.0, "price of a speech token left unaligned; inf is the published regularizer")
+    joint_alignment: float = _setting(1.0, "weight of the align stage's loss in the joint stage; 0 leaves it out")
     lora_rank: int = _setting(12, "rank of the adapter on the attention projections")
     frame_dropout: float = _setting(0.1, "dropout on what the projector takes")
     seed: int = _setting(0, "of initial weights, batches and dropout")
@@ -84,8 +85,8 @@ class AlignStage(nn.Module):
         super().__init__()
         if not isinstance(model.speech_projector, VocabularyProjector):
             raise ValueError(
-                f"align_steps: got {settings.align_steps}, expected 0 for a model with the "
-                f"{model.config.projector!r} projector, which has no vocabulary"
+                f"align_steps, joint_alignment: got {settings.align_steps} and {settings.joint_alignment}, expected 0 "
+                f"for a model with the {model.config.projector!r} projector, which has no vocabulary"
             )
         self.projector = model.speech_projector
         self.tokenizer = speech_tokenizer
@@ -112,7 +113,10 @@ class AlignStage(nn.Module):
 
 
 class JointStage(nn.Module):
-    """Cross-entropy of the reply plus ``settings.regularizer`` times the cross-modality regularizer."""
+    """Cross-entropy of the reply plus ``settings.regularizer`` times the cross-modality regularizer.
+
+    With ``align`` its loss is added, ``settings.joint_alignment`` times: the other two alone unlearn the reading.
+    """
 
     def __init__(
         self,
@@ -120,9 +124,10 @@ class JointStage(nn.Module):
         processor: LyraProcessor,
         settings: Settings,
         answers: dict[str, str],
+        align: AlignStage | None = None,
     ):
         super().__init__()
-        self.model, self.settings, self.answers = model, settings, answers
+        self.model, self.settings, self.answers, self.align = model, settings, answers, align
         self.tokenizer = processor.tokenizer
         self.processor = processor
 
@@ -143,7 +148,10 @@ class JointStage(nn.Module):
         losses = {"cross_entropy": cross_entropy, "loss": cross_entropy}
         if settings.regularizer:
             losses["regularizer"] = self.regularizer(speech, batch, lengths)
-            losses["loss"] = cross_entropy + settings.regularizer * losses["regularizer"]
+            losses["loss"] = losses["loss"] + settings.regularizer * losses["regularizer"]
+        if self.align:
+            losses["alignment"] = self.align(batch)["loss"]
+            losses["loss"] = losses["loss"] + settings.joint_alignment * losses["alignment"]
         return losses
 
     def regularizer(
@@ -345,7 +353,8 @@ def train(
         set_peft_model_state_dict(model, weights, adapter_name=ADAPTER)
     if settings.joint_steps:
         unfreeze(model.speech_projector)
-        stage = JointStage(model, processor, settings, answers)
+        align = AlignStage(model, speech_tokenizer, settings) if settings.joint_alignment else None
+        stage = JointStage(model, processor, settings, answers, align)
         questions = [u for u in utterances if u.text in answers]
         drawn = utterances + (settings.question_repeats - 1) * questions
         data = batches(drawn, settings.joint_batch, settings.seed + 1)
