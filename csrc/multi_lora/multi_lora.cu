@@ -61,7 +61,7 @@ void add_pairs(kernels::Plan& plan, const Tensor& starts, const Tensor& pairs, c
   const int64_t all = plan.tokens * plan.per_token;
   plan.starts = checked_ints("starts", starts, {plan.adapters + 1}, as);
   plan.pairs = checked_ints("pairs", pairs, {all}, as);
-  plan.chunk_rows = kernels::divide_up(all, kernels::kTile) + plan.adapters;
+  plan.chunk_rows = divide_up(all, kernels::kTile) + plan.adapters;
   plan.chunks = checked_ints("chunks", chunks, {plan.chunk_rows, 2}, as);
 }
 
@@ -114,10 +114,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> plan(const Tensor& ids, int64
   const auto ints = [&](std::initializer_list<int64_t> shape) {
     return torch::stable::new_empty(ids, shape, ScalarType::Int);
   };
-  const int64_t chunk_rows = kernels::divide_up(pairs, kernels::kTile) + adapters;
+  const int64_t chunk_rows = divide_up(pairs, kernels::kTile) + adapters;
   Tensor clean = ints({tokens, per_token}), starts = ints({adapters + 1}), list = ints({pairs});
   Tensor chunks = ints({chunk_rows, 2});
-  Tensor present = ints({kernels::divide_up(tokens, kernels::kTile), kernels::divide_up(adapters, 32)});
+  Tensor present = ints({divide_up(tokens, kernels::kTile), divide_up(adapters, 32)});
   const auto go = [&]<class Id>(Id) {
     check_cuda(kernels::make_plan<Id>(
                    {ids.const_data_ptr<Id>(), tokens, per_token, adapters, clean.mutable_data_ptr<int>(),

@@ -6,6 +6,7 @@
 #include "multi_lora/multi_lora.cuh"
 
 namespace py = pybind11;
+using namespace lyra;
 using namespace lyra::multi_lora;
 
 namespace {
