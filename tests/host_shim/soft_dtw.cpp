@@ -122,6 +122,7 @@ PYBIND11_MODULE(LYRA_MODULE, m) {
     auto& settings = lyra::host::settings();
     settings.order = order == "forward"   ? lyra::host::kForward
                      : order == "reverse" ? lyra::host::kReverse
+                     : order == "lazy"    ? lyra::host::kLazy
                                           : lyra::host::kShuffled;
     settings.seed = seed;
     settings.resident = resident;
