@@ -1,6 +1,6 @@
 // The raw ops of multi_lora. Forward, backward and groups of layers are made of them by lyra_ops/multi_lora; what they
-// compute, and what the plan holds, stands in multi_lora.cuh. On a CPU there is nothing
-// to be had from kernels of our own: torch's matrix products serve.
+// compute, and what the plan holds, stands in multi_lora.cuh. On a CPU torch's matrix products serve, and few.cpp where
+// an adapter has few tokens.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lyra, m) {
