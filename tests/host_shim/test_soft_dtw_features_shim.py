@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -303,40 +303,12 @@ def test_kernels(kernels: ModuleType, check: str, order: str) -> None:
     CHECKS[check](kernels)
 
 
-# --- the face, whose raw ops are these kernels on the CPU
+# --- the face, on CPU tensors: the ops of soft_dtw.cu with their checks and allocations, and these kernels
 
 
-@pytest.fixture
-def raw_ops(kernels: ModuleType) -> Iterator[None]:
-    kernels.configure(*ORDERS["forward"])
-
-    def numpy(t: Tensor | None):
-        return None if t is None else t.detach().contiguous().numpy()
-
-    def arguments(x_lengths, y_lengths, cost, temperature, band, low, high):
-        return kernels.Arguments(cost, temperature, *map(numpy, (x_lengths, y_lengths)), band, numpy(low), numpy(high))
-
-    def forward(x, y, x_lengths, y_lengths, cost, temperature, gamma, gammas, band, low, high, drop, store):
-        given = arguments(x_lengths, y_lengths, cost, temperature, band, low, high)
-        gammas = None if gammas is None else gammas.double()
-        results = kernels.forward(name_of(x.dtype), given, bits(x), bits(y), gamma, numpy(gammas), numpy(drop))
-        value, probs, costs, norms = map(torch.from_numpy, results)
-        kept = costs if store and cost != "sqeuclidean" else costs[:, :0].clone()
-        return value, probs if store else probs[:, :0].clone(), kept, norms
-
-    def backward(grad_value, value, probs, costs, norms, x, y, *rest):
-        *which, dropping, with_entropy, of_x, of_y = rest
-        tensors = map(numpy, (grad_value, value, probs, costs, norms))
-        options = dropping, with_entropy, of_x, of_y
-        results = kernels.backward(name_of(x.dtype), arguments(*which), *tensors, bits(x), bits(y), *options)
-        grads = (tensor(grad, x.dtype) for grad in results[:2])
-        return *grads, torch.from_numpy(results[2] if dropping else results[2].ravel()), torch.from_numpy(results[3])
-
-    library = torch.library.Library("lyra", "IMPL")
-    library.impl("soft_dtw_features_forward", forward, "CPU")
-    library.impl("soft_dtw_features_backward", backward, "CPU")
-    yield
-    library._destroy()
+@pytest.fixture(scope="module")
+def raw_ops(load_ops) -> None:
+    load_ops("soft_dtw_features_ops.cpp")
 
 
 needs_schema = pytest.mark.skipif(
@@ -405,6 +377,22 @@ def test_the_fake_ops_know_all_shapes(raw_ops, cost: str) -> None:
         for ours, told in zip((*real, *grads), (*fake, *fake_grads)):
             assert ours.shape == told.shape
             assert ours.dtype == told.dtype
+
+
+@needs_schema
+def test_the_raw_op_says_what_it_cannot_serve(raw_ops) -> None:
+    x, y, lengths = torch.rand(2, 5, 4), torch.rand(2, 6, 4), [torch.tensor([5, 4]), torch.tensor([6, 3])]
+    for tokens, cost, band, message in [
+        ((x.double(), y.double()), "cosine", -1, "x: got dtype Double, expected float32, bfloat16 or float16"),
+        ((x, y.bfloat16()), "cosine", -1, "y: got dtype BFloat16, expected Float"),
+        ((x, y[:, :, :3]), "cosine", -1, r"y: got shape \(2, 6, 3\), expected \(2, any, 4\)"),
+        ((x, y), "l1", -1, "cost: got l1, expected sqeuclidean, cosine or contrastive"),
+        ((x, y), "cosine", -2, "band: got -2, expected -1"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.lyra.soft_dtw_features_forward(
+                *tokens, *lengths, cost, 1.0, 1.0, None, band, None, None, None, 16
+            )
 
 
 @needs_schema
