@@ -31,12 +31,10 @@ def workloads(device: str, quick: bool) -> Iterator[Workload]:
     yield banded(device, 1, 36000, 9000, 512)
     for dim in (576, 3584):
         yield from_features(device, 32, (150, 300), (20, 64), dim)
-        yield products(device, 32, 300, 64, dim)
-    if (
-        device == "cuda"
-    ):  # what a language model's tokens are, at the shapes of the floors in csrc/soft_dtw/features.cuh
-        for rows, columns in ((300, 64), (1500, 200)):
-            yield from_features(device, 32, (rows, rows), (columns, columns), 3584, torch.bfloat16)
+        yield products(device, 32, (150, 300), (20, 64), dim)
+    if device == "cuda":  # a language model's tokens, at the shapes of the floors in csrc/soft_dtw/features.cuh
+        for rows, columns in ((300, 300), (64, 64)), ((1500, 1500), (200, 200)):
+            yield from_features(device, 32, rows, columns, 3584, torch.bfloat16)
             yield products(device, 32, rows, columns, 3584, torch.bfloat16)
         yield banded_features(device, 8, 8192, 512, 3584)
 
@@ -183,28 +181,68 @@ def banded_features(device: str, batch: int, size: int, band: int, dim: int) -> 
 
 
 def products(
-    device: str, batch: int, rows: int, columns: int, dim: int, dtype: torch.dtype = torch.float32
+    device: str,
+    batch: int,
+    rows: tuple[int, int],
+    columns: tuple[int, int],
+    dim: int,
+    dtype: torch.dtype = torch.float32,
 ) -> Workload:
-    """What no soft-DTW from features can do without: one batched product forward, two more backward."""
+    """What no soft-DTW from features can do without: one product forward, two more backward, of real tokens alone.
+
+    What `from_features` takes beyond it is the time outside the matrix products. A GPU multiplies the padding, too.
+    """
+    n, m = lengths(device, batch, rows), lengths(device, batch, columns)
+    cells, features = int((n * m).sum()), dtype.itemsize * dim * int((n + m).sum())
 
     def inputs() -> tuple[torch.Tensor, ...]:
-        return tuple(torch.randn(batch, size, dim, device=device, dtype=dtype) for size in (rows, columns))
+        return tuple(torch.randn(batch, size, dim, device=device, dtype=dtype) for size in (rows[1], columns[1]))
+
+    def padded(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        product = torch.bmm(x, y.mT)
+        return product * inside if rows[0] < rows[1] else product
+
+    inside = (torch.arange(rows[1], device=device) < n[:, None])[:, :, None] & (
+        torch.arange(columns[1], device=device) < m[:, None]
+    )[:, None]
 
     def product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return torch.bmm(x, y.mT)
+        return _Products.apply(x, y, n.tolist(), m.tolist())
 
-    cells, features = batch * rows * columns, dtype.itemsize * batch * dim * (rows + columns)
     return Workload(
-        name=f"matrix products alone, features of {dim}{kind(dtype)}, {batch} x {rows} x {columns}",
+        name=f"matrix products alone, features of {dim}{kind(dtype)}, {batch} x {span(rows)} x {span(columns)}",
         inputs=inputs,
-        implementations={"torch.bmm": product},
-        plain=product,
+        implementations={"torch.bmm": padded} if device == "cuda" else {"torch.mm per pair": product},
+        plain=padded,
         costs={
             FORWARD: Cost(features + 4 * cells, 2 * dim * cells),
             BOTH: Cost(2 * features + 8 * cells, 6 * dim * cells),
         },
         items=("cells", cells),
     )
+
+
+class _Products(torch.autograd.Function):
+    """x y^T of each pair, zero on padding."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, y: torch.Tensor, n: list[int], m: list[int]) -> torch.Tensor:
+        ctx.save_for_backward(x, y)
+        ctx.lengths = list(zip(n, m))
+        cost = x.new_zeros(x.shape[0], x.shape[1], y.shape[1])
+        for k, (n, m) in enumerate(ctx.lengths):
+            torch.mm(x[k, :n], y[k, :m].T, out=cost[k, :n, :m])
+        return cost
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, y = ctx.saved_tensors
+        of_x, of_y = torch.empty_like(x), torch.empty_like(y)
+        for k, (n, m) in enumerate(ctx.lengths):
+            torch.mm(grad[k, :n, :m], y[k, :m], out=of_x[k, :n])
+            torch.mm(grad[k, :n, :m].T, x[k, :n], out=of_y[k, :m])
+            of_x[k, n:], of_y[k, m:] = 0, 0
+        return of_x, of_y, None, None
 
 
 def kind(dtype: torch.dtype) -> str:

@@ -321,11 +321,23 @@ class _SoftDTW(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_value: Tensor) -> tuple[Tensor | None, ...]:
-        return *_Gradient.apply(grad_value, *ctx.saved_tensors, *ctx.options), *[None] * 7
+        arguments = grad_value, *ctx.saved_tensors, *ctx.options
+        if torch.is_grad_enabled():
+            return *_Gradient.apply(*arguments), *[None] * 7
+        return *_gradients(*arguments, of_gamma=ctx.needs_input_grad[1]), *[None] * 7
+
+
+def _gradients(grad_value, cost, gammas, drop, *rest, of_gamma: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """grad_value times the gradient of the value in cost, gammas (if ``of_gamma``) and drop."""
+    grad_cost, grad_drop, entropy = _backward(grad_value, cost, gammas, drop, *rest, of_gamma)
+    # d value / d gamma is minus the entropy of the paths, summed from that of each cell's steps:
+    # (value - <cost, E>) / gamma would be the difference of two large numbers.
+    grad_gamma = (-grad_value * entropy).to(gammas.dtype) if of_gamma else None
+    return grad_cost, grad_gamma, None if drop is None else grad_drop
 
 
 class _Gradient(torch.autograd.Function):
-    """grad_value times the gradient of the value in cost, gammas and drop; its own derivative is the second one.
+    """`_gradients`, whose own derivative is the second one.
 
     The cost is here for its place in the graph alone: all that is needed of it is in the shares.
     """
@@ -336,12 +348,7 @@ class _Gradient(torch.autograd.Function):
         ctx.save_for_backward(grad_value, gammas, drop, *tensors)
         ctx.shape, ctx.options = cost.shape, options
         ctx.set_materialize_grads(False)
-        of_gamma = gammas is not None and ctx.needs_input_grad[2]
-        grad_cost, grad_drop, entropy = _backward(grad_value, cost, gammas, drop, *rest, of_gamma)
-        # d value / d gamma is minus the entropy of the paths, summed from that of each cell's steps:
-        # (value - <cost, E>) / gamma would be the difference of two large numbers.
-        grad_gamma = (-grad_value * entropy).to(gammas.dtype) if of_gamma else None
-        return grad_cost, grad_gamma, None if drop is None else grad_drop
+        return _gradients(grad_value, cost, gammas, drop, *rest, of_gamma=ctx.needs_input_grad[2])
 
     @staticmethod
     @once_differentiable
