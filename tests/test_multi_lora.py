@@ -526,6 +526,39 @@ def test_what_the_adapters_add_does_not_depend_on_the_batch(dtype: torch.dtype, 
         assert all(torch.equal(got, want[rows]) for got, want in zip(run_rows(rows), together))
 
 
+@pytest.mark.parametrize("few_tokens", [0, 10**9])
+@pytest.mark.parametrize("uniform", [False, True])
+def test_gradients_accumulate_in_float32(few_tokens: int, uniform: bool, monkeypatch: pytest.MonkeyPatch):
+    """Of many small batches in bfloat16: what a sum in bfloat16 would lose is there."""
+    monkeypatch.setattr(few, "TOKENS", few_tokens)
+    x, weight, bias, adapters, ids = layer((4, 8, 2), 20, dtype=torch.bfloat16)
+    ids = ids * 0 if uniform else ids
+    masters = {
+        name: (a.float().requires_grad_(), b.float().requires_grad_(), s) for name, (a, b, s) in adapters.items()
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu, "ONE_NODE", 0)
+        y = run(x, weight, bias, masters, ids)
+    once = torch.autograd.grad(y.sum(), [t for m in masters.values() for t in m[:2]])
+
+    bank = LoraBank.pack({name: (a.requires_grad_(), b.requires_grad_(), s) for name, (a, b, s) in adapters.items()})
+    parameters = [t for pair in bank.adapters for t in pair]
+    sums = [t for pair in bank.accumulate().values() for t in pair]
+    assert all(torch.equal(total, torch.zeros(p.shape)) for total, p in zip(sums, parameters))
+    for _ in range(300):
+        multi_lora_linear(x, weight, bank, LoraRouting(ids, bank), bias).sum().backward()
+    assert all(p.grad is None for p in parameters)
+    for total, one in zip(sums, once):
+        want = torch.zeros_like(one)
+        for _ in range(300):
+            want += one
+        torch.testing.assert_close(total, want)
+    again = [t for pair in bank.accumulate().values() for t in pair]
+    assert all(torch.equal(total, same) for total, same in zip(sums, again))
+    with pytest.raises(ValueError, match="bank: got one that accumulates its gradients, which the backend 'reference'"):
+        multi_lora_linear(x, weight, bank, LoraRouting(ids, bank), bias, backend="reference")
+
+
 def test_raw_ops_for_few_tokens_keep_their_schema():
     x, _, _, adapters, ids = layer((4, 8), 9, dtype=torch.float32)
     a, b = ([pair[k] for pair in adapters.values()] for k in (0, 1))

@@ -16,4 +16,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lyra, m) {
   m.def(
       "multi_lora_outer(Tensor h, Tensor z, Tensor table, Tensor scaling, Tensor? weights, Tensor starts, Tensor pairs,"
       " Tensor chunks, Tensor? seed, int drop, int rows) -> Tensor");
+  m.def(
+      "multi_lora_add_outer_(Tensor(a!) out, Tensor h, Tensor z, Tensor table, Tensor scaling, Tensor? weights,"
+      " Tensor starts, Tensor pairs, Tensor chunks, Tensor? seed, int drop) -> ()");
 }

@@ -27,7 +27,8 @@
 //     without adapters costs one load per block.
 //   outer: `workers` take equal shares of the chunks. Adapters inside one share are written at once, those that span
 //     several leave at most two partial products per worker, added up in order by `sum_workers_kernel`, which also
-//     writes the zeros of absent adapters.
+//     writes the zeros of absent adapters. Or all of it is added to what `out` holds, which accumulates gradients in
+//     float32 however many batches they come from.
 // No atomics on floats, no host sync, grids of fixed size.
 //
 // Cost for M routed tokens of one adapter of rank r and 16-bit T: each of the three 2 M r D FLOPs; shrink reads M D,
@@ -40,7 +41,7 @@
 //   budget sm_80: shrink_kernel<float> 112, shrink_kernel<lyra::Bf16> 120, shrink_kernel<lyra::Half> 120,
 //   budget sm_80: expand_kernel<float> 96, expand_kernel<lyra::Bf16> 104, expand_kernel<lyra::Half> 104,
 //   budget sm_80: outer_kernel<float> 184, outer_kernel<lyra::Bf16> 128, outer_kernel<lyra::Half> 128,
-//   budget sm_80: sum_parts_kernel 32, sum_workers_kernel 48,
+//   budget sm_80: sum_parts_kernel 32, sum_workers_kernel 56,
 //   budget sm_80: plan_kernel<int> 80, plan_kernel<long> 80
 //   budget sm_90a: shrink_kernel<float> 112, shrink_kernel<lyra::Bf16> 120, shrink_kernel<lyra::Half> 120,
 //   budget sm_90a: expand_kernel<float> 96, expand_kernel<lyra::Bf16> 104, expand_kernel<lyra::Half> 104,
@@ -501,6 +502,7 @@ struct Outer {
   Rows<const T> z;  // (T, D)
   int64_t size;     // D
   int rank_tiles, column_tiles, workers;
+  bool adds;       // to out
   float* out;      // (rows, D)
   float* partial;  // (workers, 2, G, D)
 };
@@ -608,7 +610,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 2 : 1) outer_kernel
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int64_t rank = first_rank + m + g + i / 2 * 8, column = first_column + n + half * 8 + 2 * t + i % 2;
-        if (rank < adapter.rank && column < s.size) to[rank * s.size + column] = acc[0][half][i];
+        float* const at = to + rank * s.size + column;
+        if (rank < adapter.rank && column < s.size) *at = whole && s.adds ? *at + acc[0][half][i] : acc[0][half][i];
         acc[0][half][i] = 0;
       }
     }
@@ -629,8 +632,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 2 : 1) outer_kernel
 constexpr int kRowsOfSum = 8;
 
 // Adds up what the workers left of adapters that several of them had, and writes the zeros of those that nobody has.
-__global__ void __launch_bounds__(kThreads) sum_workers_kernel(Plan plan, Adapters adapters, const float* partial,
-                                                               int64_t width, int64_t size, int workers, float* out) {
+__global__ void __launch_bounds__(kThreads)
+    sum_workers_kernel(Plan plan, Adapters adapters, const float* partial, int64_t width, int64_t size, int workers,
+                       bool adds, float* out) {
   const int64_t column_blocks = divide_up(size, kThreads), row_blocks = divide_up(width, kRowsOfSum);
   const int64_t column = blockIdx.x % column_blocks * kThreads + threadIdx.x;
   const int64_t first_rank = blockIdx.x / column_blocks % row_blocks * kRowsOfSum;
@@ -646,7 +650,8 @@ __global__ void __launch_bounds__(kThreads) sum_workers_kernel(Plan plan, Adapte
     for (int64_t w = first_worker; w <= last_worker; ++w) {
       sum += partial[(shares.slot(w, first) * width + rank) * size + column];
     }
-    out[(adapter.row + rank) * size + column] = sum;
+    float* const to = out + (adapter.row + rank) * size + column;
+    *to = adds ? *to + sum : sum;
   }
 }
 
@@ -713,23 +718,23 @@ inline int64_t outer_workspace(const Plan& plan, int64_t size, int64_t width, in
   return outer_workers(plan, size, width, multiprocessors) * 2 * width * size;
 }
 
-// Writes all rows of `out` that belong to an adapter.
+// Writes all rows of `out` that belong to an adapter or, if `adds`, adds to them.
 template <class T>
 cudaError_t outer(const Plan& plan, const Adapters& adapters, const Mask& mask, const float* h, int64_t width,
-                  Rows<const T> z, int64_t size, float* out, float* workspace, int multiprocessors,
+                  Rows<const T> z, int64_t size, bool adds, float* out, float* workspace, int multiprocessors,
                   cudaStream_t stream) {
   if (width * size * plan.adapters == 0) return cudaSuccess;
   const int column_tiles = static_cast<int>(divide_up(size, kColumns));
   const int rank_tiles = static_cast<int>(divide_up(width, kRanks));
   const int workers = outer_workers(plan, size, width, multiprocessors);
-  const Outer<T> s{plan, adapters, mask, h, width, z, size, rank_tiles, column_tiles, workers, out, workspace};
+  const Outer<T> s{plan, adapters, mask, h, width, z, size, rank_tiles, column_tiles, workers, adds, out, workspace};
   constexpr size_t shared_bytes = kTile * (pitch<T>(kRanks) + pitch<T>(kColumns)) * sizeof(uint32_t);
   const cudaError_t error = launch(outer_kernel<T>, static_cast<int64_t>(column_tiles) * rank_tiles * workers, kThreads,
                                    shared_bytes, stream, s);
   if (error != cudaSuccess) return error;
   const int64_t blocks = divide_up(size, kThreads) * divide_up(width, kRowsOfSum) * plan.adapters;
   return launch(sum_workers_kernel, blocks, kThreads, 0, stream, plan, adapters, static_cast<const float*>(workspace),
-                width, size, workers, out);
+                width, size, workers, adds, out);
 }
 
 }  // namespace lyra::multi_lora

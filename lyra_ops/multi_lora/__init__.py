@@ -200,6 +200,8 @@ def run_checked(
     elif backend == "cpu":
         ys = cpu.linears(Call(cpu, banks, routing, seed, drop), tokens, weights, bases)
     elif backend == "reference":
+        if torch.is_grad_enabled() and any(bank.sums for bank in banks):
+            raise ValueError("bank: got one that accumulates its gradients, which the backend 'reference' cannot")
         ys = []
         for base, bank in zip(bases, banks):
             y = base(tokens) if base.y is None else base.y.flatten(0, -2)

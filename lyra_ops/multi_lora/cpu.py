@@ -79,7 +79,8 @@ def is_uniform(routing) -> bool:
 
 def linears(call: function.Call, x: Tensor, weights: Tensor | None, bases: Sequence[function.Base]) -> list[Tensor]:
     """y (T, N) for each base layer and its bank, x (T, K) being in the dtype of y."""
-    if is_uniform(call.routing) and (len(x) < ONE_NODE or not torch.is_grad_enabled()):
+    accumulates = any(bank.sums for bank in call.banks)  # which takes the node
+    if is_uniform(call.routing) and not (torch.is_grad_enabled() and (len(x) >= ONE_NODE or accumulates)):
         options = (call.routing.blocks[0].runs[0][0], call.seed, call.drop)
         return [add_one(base(x), x, bank, *options) for base, bank in zip(bases, call.banks)]
     return function.linears(call, x, weights, bases)
@@ -182,7 +183,8 @@ def gradients(dys, dx, x, banks, blocks, weights, seed, drop, kept, wanted: Grad
         for e, (a, b) in enumerate(bank.adapters):
             for found, want, like in ((of_a, wanted.a, a), (of_b, wanted.b, b)):
                 if want[j][e]:  # zeros, not None, for adapters without tokens
-                    found[j][e] = torch.zeros_like(like) if found[j][e] is None else in_dtype(found[j][e], like.dtype)
+                    missing = found[j][e] is None
+                    found[j][e] = torch.zeros_like(like) if missing else in_dtype(found[j][e], bank.gradient_dtype)
     return Gradients(of_a, of_b, of_weights)
 
 

@@ -53,8 +53,8 @@ def gradients(dys, dx, x, banks, ids, weights, seed, drop, kept, wanted: Gradien
         found_a, found_b, found_weights = torch.ops.lyra.multi_lora_few_gradients_(
             into, dy, x, kept[j], *_adapters(bank, dy.dtype, drop), ids, weights, any(wanted.a[j]), any(wanted.b[j])
         )
-        of_a.append(_of_own_dtype(found_a, wanted.a[j], [a for a, _ in bank.adapters]))
-        of_b.append(_of_own_dtype(found_b, wanted.b[j], [b for _, b in bank.adapters]))
+        of_a.append(_in_dtype(found_a, wanted.a[j], bank.gradient_dtype))
+        of_b.append(_in_dtype(found_b, wanted.b[j], bank.gradient_dtype))
         if of_weights is not None:
             of_weights += found_weights
     if into is not dx:
@@ -67,10 +67,10 @@ def _adapters(bank, dtype: torch.dtype, drop: int) -> tuple[list[Tensor], list[T
     return a, b, [scaling * dropout.scale(drop) for scaling in bank.scalings]
 
 
-def _of_own_dtype(found: list[Tensor], wanted: list[bool], like: list[Tensor]) -> list[Tensor | None]:
+def _in_dtype(found: list[Tensor], wanted: list[bool], dtype: torch.dtype) -> list[Tensor | None]:
     if not any(wanted):
         return [None] * len(wanted)
-    return [cpu.in_dtype(g, own.dtype) if want else None for g, want, own in zip(found, wanted, like)]
+    return [cpu.in_dtype(g, dtype) if want else None for g, want in zip(found, wanted)]
 
 
 def _rows(x: Tensor) -> Tensor:
