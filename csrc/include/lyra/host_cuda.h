@@ -60,6 +60,8 @@ struct Settings {
   int resident = 0;  // blocks that run at once; 0: one after the other, the first first
 };
 
+inline int launches = 0;  // so far
+
 inline Settings& settings() {
   static Settings s;
   return s;
@@ -174,6 +176,12 @@ class Device {
   void posted() {
     idle_rounds_ = 0;
     if (settings().order == kLazy) wait(kResting, "post");
+  }
+
+  // Of the running fiber, and so of the launch.
+  void fail(const char* what) {
+    if (error_.empty()) error_ = what;
+    wait(kDone, "failure");
   }
 
   void begin_copy(uint32_t* to, const void* from) {
@@ -443,6 +451,7 @@ template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, cudaStream_t,
                    Arguments... arguments) {
   if (threads < 1 || threads > 1024 || shared_bytes > host::settings().shared_bytes) return cudaErrorInvalidValue;
+  ++host::launches;
   host::device().run([=] { kernel(arguments...); }, static_cast<int>(blocks), threads, shared_bytes);
   return cudaSuccess;
 }
