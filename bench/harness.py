@@ -74,6 +74,7 @@ class WrongResult(AssertionError):
 
 
 def measure(workloads: Iterable[Workload], device: str, ceilings: dict[str, float], quick: bool) -> Iterator[Result]:
+    peak = peak_gpu if device == "cuda" else peak_cpu
     for workload in workloads:
         errors = gate(workload)
         for direction, cost in workload.costs.items():
@@ -82,14 +83,14 @@ def measure(workloads: Iterable[Workload], device: str, ceilings: dict[str, floa
                 "arithmetic": cost.flops / ceilings["flop_per_s"],
             }
             ceiling = max(floors, key=floors.get)
-            for name in errors:
-                function = workload.implementations[name]
-                run = call(function, workload.inputs(), direction)
-                samples, timing = (
-                    time_gpu(run, workload, function, direction, quick)
-                    if device == "cuda"
-                    else time_cpu(run, workload.budget, quick)
-                )
+            functions = {name: workload.implementations[name] for name in errors}
+            if device == "cuda":
+                timed = {name: time_gpu(workload, function, direction, quick) for name, function in functions.items()}
+            else:
+                inputs = workload.inputs()
+                runs = {name: call(function, inputs, direction) for name, function in functions.items()}
+                timed = {name: (samples, "wall") for name, samples in time_cpu(runs, workload.budget, quick).items()}
+            for name, (samples, timing) in timed.items():
                 median = statistics.median(samples)
                 yield Result(
                     workload=workload.name,
@@ -98,7 +99,7 @@ def measure(workloads: Iterable[Workload], device: str, ceilings: dict[str, floa
                     seconds={"median": median, "p20": percentile(samples, 20), "p80": percentile(samples, 80)},
                     repeats=len(samples),
                     timing=timing,
-                    peak_bytes=peak_gpu(run) if device == "cuda" else peak_cpu(run),
+                    peak_bytes=peak(call(functions[name], workload.inputs(), direction)),
                     bytes=cost.bytes,
                     flops=cost.flops,
                     items=workload.items,
@@ -162,21 +163,27 @@ def percentile(samples: list[float], percent: int) -> float:
     return ordered[min(len(ordered) * percent // 100, len(ordered) - 1)]
 
 
-def time_cpu(run: Callable[[], object], budget: tuple[int, float], quick: bool) -> tuple[list[float], str]:
-    run()
-    least, seconds = (3, 0.1) if quick else budget
-    samples: list[float] = []
-    # Some peers take many seconds a call: three of those have to do.
-    while len(samples) < 3 or (
-        (len(samples) < least or sum(samples) < seconds) and sum(samples) < 10 and len(samples) < 1000
-    ):
-        start = time.perf_counter()
+def time_cpu(runs: dict[str, Callable[[], object]], budget: tuple[int, float], quick: bool) -> dict[str, list[float]]:
+    """Seconds of each, by turns: what else goes on in the machine then meets all of them alike."""
+    for run in runs.values():
         run()
-        samples.append(time.perf_counter() - start)
-    return samples, "wall"
+    least, seconds = (3, 0.1) if quick else budget
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+
+    def wanted(taken: list[float]) -> bool:
+        # Some peers take many seconds a call: three of those have to do.
+        more = len(taken) < least or sum(taken) < seconds
+        return len(taken) < 3 or (more and sum(taken) < 10 and len(taken) < 1000)
+
+    while left := [name for name, taken in samples.items() if wanted(taken)]:
+        for name in left:
+            start = time.perf_counter()
+            runs[name]()
+            samples[name].append(time.perf_counter() - start)
+    return samples
 
 
-def time_gpu(run, workload: Workload, function, direction: str, quick: bool) -> tuple[list[float], str]:
+def time_gpu(workload: Workload, function, direction: str, quick: bool) -> tuple[list[float], str]:
     """Device time with a cold L2: before each sample a buffer of twice its size is overwritten.
 
     Ours is captured in a graph, which leaves the kernels alone; peers often cannot be, and are timed as called.
@@ -184,7 +191,7 @@ def time_gpu(run, workload: Workload, function, direction: str, quick: bool) -> 
     device = torch.cuda.current_device()
     flush = torch.empty(2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.uint8, device=device)
     ours = any(function is f for name, f in workload.implementations.items() if name.startswith("lyra"))
-    replay, timing = run, "events"
+    replay, timing = call(function, workload.inputs(), direction), "events"
     if ours:
         static = workload.inputs()
         captured = call(function, static, direction)

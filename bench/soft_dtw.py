@@ -31,13 +31,19 @@ def workloads(device: str, quick: bool) -> Iterator[Workload]:
     yield banded(device, 1, 36000, 9000, 512)
     for dim in (576, 3584):
         yield from_features(device, 32, (150, 300), (20, 64), dim)
-        yield products(device, 32, 300, 64, dim)
+        yield products(device, 32, (150, 300), (20, 64), dim)
+    if device == "cuda":  # a language model's tokens, at the shapes of the floors in csrc/soft_dtw/features.cuh
+        for rows, columns in ((300, 300), (64, 64)), ((1500, 1500), (200, 200)):
+            yield from_features(device, 32, rows, columns, 3584, torch.bfloat16)
+            yield products(device, 32, rows, columns, 3584, torch.bfloat16)
+        yield banded_features(device, 8, 8192, 512, 3584)
 
 
 def bounds(ours: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor, name: str) -> None:
-    """What is promised: 1e-6 for the value, 1e-4 (relative L2) for a gradient, NaN nowhere."""
+    """What is promised: 1e-6 for the value, 1e-4 (relative L2) for a gradient, besides its rounding; NaN nowhere."""
     error = ((ours.double() - exact).norm() / exact.norm()).item()
-    if not error <= (1e-6 if name == "output" else 1e-4):
+    rounding = 0 if ours.dtype == torch.float32 else torch.finfo(ours.dtype).eps / 2
+    if not error <= (1e-6 if name == "output" else 1e-4 + rounding):
         raise AssertionError(f"{name}: relative L2 error {error:.1e}")
 
 
@@ -105,16 +111,24 @@ def adapt(peer: peers.Peer, n: torch.Tensor, m: torch.Tensor, cost: torch.Tensor
     return peer(cost, n, m, GAMMA)
 
 
-def from_features(device: str, batch: int, rows: tuple[int, int], columns: tuple[int, int], dim: int) -> Workload:
+def from_features(
+    device: str,
+    batch: int,
+    rows: tuple[int, int],
+    columns: tuple[int, int],
+    dim: int,
+    dtype: torch.dtype = torch.float32,
+) -> Workload:
     """The regularizer: contrastive cost of features, then soft-DTW."""
     n, m = lengths(device, batch, rows), lengths(device, batch, columns)
     cells = int((n * m).sum())
-    features = 4 * dim * int((n + m).sum())
+    features = dtype.itemsize * dim * int((n + m).sum())
 
     def inputs() -> tuple[torch.Tensor, ...]:
         # Tokens of a model are neither unit vectors nor unrelated; this keeps x . y / temperature near +-5.
         scale = (5 * TEMPERATURE / dim**0.5) ** 0.5
-        return tuple(scale * torch.randn(batch, size, dim, device=device) for size in (rows[1], columns[1]))
+        tokens = (scale * torch.randn(batch, size, dim, device=device) for size in (rows[1], columns[1]))
+        return tuple(t.to(dtype) for t in tokens)
 
     def by(backend: str):
         options = {"cost": "contrastive", "temperature": TEMPERATURE, "gamma": GAMMA, "backend": backend}
@@ -125,7 +139,7 @@ def from_features(device: str, batch: int, rows: tuple[int, int], columns: tuple
         return peers.torch_antidiagonals(cost.clamp(max=1e10), n, m, GAMMA)  # padding costs infinity
 
     return Workload(
-        name=f"features of {dim}, contrastive, {batch} x {span(rows)} x {span(columns)}, gamma {GAMMA}",
+        name=f"features of {dim}{kind(dtype)}, contrastive, {batch} x {span(rows)} x {span(columns)}, gamma {GAMMA}",
         inputs=inputs,
         implementations={f"lyra ({device})": by(device), "plain torch (anti-diagonals)": plain},
         plain=by("reference"),
@@ -138,27 +152,101 @@ def from_features(device: str, batch: int, rows: tuple[int, int], columns: tuple
     )
 
 
-def products(device: str, batch: int, rows: int, columns: int, dim: int) -> Workload:
-    """What no soft-DTW from features can do without: one batched product forward, two more backward."""
+def banded_features(device: str, batch: int, size: int, band: int, dim: int) -> Workload:
+    """Long pairs of one length, squared distances, an int band: the cost in the band alone is ever made."""
+    i = torch.arange(size)
+    cells = batch * int(((i + band).clamp(max=size - 1) - (i - band).clamp(min=0) + 1).sum())
+    features = 2 * 2 * batch * size * dim
 
     def inputs() -> tuple[torch.Tensor, ...]:
-        return tuple(torch.randn(batch, size, dim, device=device) for size in (rows, columns))
+        tokens = (dim**-0.5 * torch.randn(batch, size, dim, device=device) for _ in range(2))
+        return tuple(t.to(torch.bfloat16) for t in tokens)
+
+    def ours(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return lyra_ops.soft_dtw(x, y, gamma=GAMMA, band=band, backend=device)
+
+    return Workload(
+        name=f"features of {dim}{kind(torch.bfloat16)}, sqeuclidean, {batch} x {size} x {size}, band {band}",
+        inputs=inputs,
+        implementations={f"lyra ({device})": ours},
+        plain=lambda x, y: ours(x.double(), y.double()),
+        costs={
+            FORWARD: Cost(features, (2 * dim + 25) * cells),
+            BOTH: Cost(2 * features, (6 * dim + 31) * cells),
+        },
+        items=("cells", cells),
+        budget=(3, 1.0),
+        judge=bounds,
+    )
+
+
+def products(
+    device: str,
+    batch: int,
+    rows: tuple[int, int],
+    columns: tuple[int, int],
+    dim: int,
+    dtype: torch.dtype = torch.float32,
+) -> Workload:
+    """What no soft-DTW from features can do without: one product forward, two more backward, of real tokens alone.
+
+    What `from_features` takes beyond it is the time outside the matrix products. A GPU multiplies the padding, too.
+    """
+    n, m = lengths(device, batch, rows), lengths(device, batch, columns)
+    cells, features = int((n * m).sum()), dtype.itemsize * dim * int((n + m).sum())
+
+    def inputs() -> tuple[torch.Tensor, ...]:
+        return tuple(torch.randn(batch, size, dim, device=device, dtype=dtype) for size in (rows[1], columns[1]))
+
+    def padded(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        product = torch.bmm(x, y.mT)
+        return product * inside if rows[0] < rows[1] else product
+
+    inside = (torch.arange(rows[1], device=device) < n[:, None])[:, :, None] & (
+        torch.arange(columns[1], device=device) < m[:, None]
+    )[:, None]
 
     def product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return torch.bmm(x, y.mT)
+        return _Products.apply(x, y, n.tolist(), m.tolist())
 
-    cells, features = batch * rows * columns, 4 * batch * dim * (rows + columns)
     return Workload(
-        name=f"matrix products alone, features of {dim}, {batch} x {rows} x {columns}",
+        name=f"matrix products alone, features of {dim}{kind(dtype)}, {batch} x {span(rows)} x {span(columns)}",
         inputs=inputs,
-        implementations={"torch.bmm": product},
-        plain=product,
+        implementations={"torch.bmm": padded} if device == "cuda" else {"torch.mm per pair": product},
+        plain=padded,
         costs={
             FORWARD: Cost(features + 4 * cells, 2 * dim * cells),
             BOTH: Cost(2 * features + 8 * cells, 6 * dim * cells),
         },
         items=("cells", cells),
     )
+
+
+class _Products(torch.autograd.Function):
+    """x y^T of each pair, zero on padding."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, y: torch.Tensor, n: list[int], m: list[int]) -> torch.Tensor:
+        ctx.save_for_backward(x, y)
+        ctx.lengths = list(zip(n, m))
+        cost = x.new_zeros(x.shape[0], x.shape[1], y.shape[1])
+        for k, (n, m) in enumerate(ctx.lengths):
+            torch.mm(x[k, :n], y[k, :m].T, out=cost[k, :n, :m])
+        return cost
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, y = ctx.saved_tensors
+        of_x, of_y = torch.empty_like(x), torch.empty_like(y)
+        for k, (n, m) in enumerate(ctx.lengths):
+            torch.mm(grad[k, :n, :m], y[k, :m], out=of_x[k, :n])
+            torch.mm(grad[k, :n, :m].T, x[k, :n], out=of_y[k, :m])
+            of_x[k, n:], of_y[k, m:] = 0, 0
+        return of_x, of_y, None, None
+
+
+def kind(dtype: torch.dtype) -> str:
+    return "" if dtype == torch.float32 else " " + str(dtype).removeprefix("torch.")
 
 
 def span(least_and_most: tuple[int, int]) -> str:

@@ -28,9 +28,11 @@ def workloads(device: str, quick: bool) -> Iterator[Workload]:
             yield scoring(device, torch.bfloat16, rows, length, given_lse=True)
         for length in (4096, 131072, 1 << 20):
             yield selection(device, length)
+        for k in (1, 2048, 131071):
+            yield selection(device, 131072, k)
         for length in (4096, 32768, 131072):
             yield gathering(device, length)
-        for length in (576, 32768):
+        for length in (576, 2048, 32768):
             yield whole(device, torch.bfloat16, 64, length)
     else:
         for rows in (16, 64):
@@ -110,8 +112,8 @@ def as_floats(places: Tensor) -> Tensor:
     return places.double()
 
 
-def selection(device: str, length: int) -> Workload:
-    k = int(KEEP * length)
+def selection(device: str, length: int, k: int | None = None) -> Workload:
+    k = int(KEEP * length) if k is None else k
     everything = torch.ones(1, length, dtype=torch.bool, device=device)
 
     def inputs() -> tuple[Tensor]:
@@ -207,14 +209,21 @@ def whole(
 
         return run
 
+    def step_by_step(query: Tensor, key: Tensor, states: Tensor) -> Tensor:
+        scores = lyra_ops.token_scores(query, key, backend=device)
+        selected = lyra_ops.select_tokens(scores, everything, keep=k, min_keep=32, capacity=k, backend=device)
+        return lyra_ops.gather_tokens(selected, states, backend=device)[0]
+
     item, shape = dtype.itemsize, f"{rows} x {length}, {heads}/{kv_heads} heads of {dim}, hidden {hidden}"
     return Workload(
         name=f"extract {k}, {shape}, {str(dtype)[6:]}",
         inputs=inputs,
         implementations={
             f"lyra ({device})": ours,
+            f"lyra ({device}), step by step": step_by_step,
             "published formula, topk, indexing": by(peers.published_scores),
             "grouped torch, topk, indexing": by(peers.grouped_scores),
+            "grouped torch, compiled, topk, indexing": by(peers.compiled(peers.grouped_scores)),
         },
         plain=by(formula),
         costs={

@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 import lyra_ops
 from lyra_ops import LoraBank, LoraRouting, multi_lora_linear, multi_lora_linears
-from lyra_ops.multi_lora import cpu, dropout
+from lyra_ops.multi_lora import add_adapters, cpu, dropout, few, reference
+from lyra_ops.multi_lora.function import Base, Call, linears
 from lyra_ops.testing import assert_within_reference_error
 
 Adapters = dict[str, tuple[Tensor, Tensor, float]]
@@ -40,8 +41,16 @@ def layer(
 
 
 @pytest.fixture(params=["reference", "cpu"])
-def backend(request) -> str:
+def backend(request, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(few, "TOKENS", 0)
     return request.param
+
+
+@pytest.fixture(params=["reference", "cpu", "cpu, few tokens"])
+def backend16(request, monkeypatch: pytest.MonkeyPatch) -> str:
+    """For float32 and bfloat16: the ops for few tokens as well."""
+    monkeypatch.setattr(few, "TOKENS", 10**9 if "few" in request.param else 0)
+    return request.param.split(",")[0]
 
 
 def run(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Adapters, ids: Tensor, **options) -> Tensor:
@@ -131,9 +140,9 @@ def run_peft(x: Tensor, weight: Tensor, bias: Tensor, adapters: Adapters, ids: T
 
 @RANKS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_error_is_not_above_that_of_peft(ranks: tuple[int, ...], dtype: torch.dtype, backend: str):
+def test_error_is_not_above_that_of_peft(ranks: tuple[int, ...], dtype: torch.dtype, backend16: str):
     arguments = layer(ranks, 64, inputs=96, outputs=80, dtype=dtype)
-    ours, peft, exact = run(*arguments, backend=backend), run_peft(*arguments), formula(*arguments)
+    ours, peft, exact = run(*arguments, backend=backend16), run_peft(*arguments), formula(*arguments)
     assert_within_reference_error(ours, peft, exact)
     if dtype != torch.float32:  # where rounding the results counts, not the order of a sum
         errors = [(y.double() - exact).square().mean().item() for y in (ours, peft)]
@@ -289,7 +298,7 @@ def test_the_dropout_mask(dtype: torch.dtype):
     assert abs((kept & again).double().mean() - 0.81) < 5 * (0.81 * 0.19 / kept.numel()) ** 0.5
 
 
-def test_dropout_keeps_no_mask(backend: str):
+def test_dropout_keeps_no_mask(backend16: str):
     x, weight, bias, adapters, ids = layer((4, 8), 200, inputs=256, dtype=torch.float32)
     leaves(x, weight, bias, adapters)
     saved: dict[int, int] = {}
@@ -302,7 +311,7 @@ def test_dropout_keeps_no_mask(backend: str):
     for p in (0.0, 0.5):
         saved.clear()
         with torch.autograd.graph.saved_tensors_hooks(save, lambda t: t):
-            y = run(x, weight, bias, adapters, ids, dropout_p=p, training=True, backend=backend)
+            y = run(x, weight, bias, adapters, ids, dropout_p=p, training=True, backend=backend16)
         sizes.append(sum(saved.values()))
         del y
     assert sizes[1] - sizes[0] < x.numel()  # less than a byte per element
@@ -319,7 +328,7 @@ def sum_of_formulas(x, weight, bias, adapters, ids: Tensor, weights: Tensor) -> 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [0, 1, 70])
-def test_several_weighted_adapters_per_token(tokens: int, dtype: torch.dtype, backend: str):
+def test_several_weighted_adapters_per_token(tokens: int, dtype: torch.dtype, backend16: str):
     g = torch.Generator().manual_seed(1)
     ids = torch.randint(-1, 3, (tokens, 3), generator=g)  # the same adapter twice at times, and the last one never
     shares = torch.rand(tokens, 3, generator=g, dtype=torch.float64)
@@ -336,7 +345,7 @@ def test_several_weighted_adapters_per_token(tokens: int, dtype: torch.dtype, ba
 
     def ours(x, weight, bias, adapters, ids, shares) -> Tensor:
         bank = LoraBank.pack(adapters)
-        return multi_lora_linear(x, weight, bank, LoraRouting(ids, bank, shares), bias, backend=backend)
+        return multi_lora_linear(x, weight, bank, LoraRouting(ids, bank, shares), bias, backend=backend16)
 
     for got, plain, exact in zip(
         results(dtype, ours), results(dtype, sum_of_formulas), results(torch.float64, sum_of_formulas)
@@ -422,15 +431,15 @@ class LargestFloat32(TorchDispatchMode):
         return result
 
 
-def test_float32_masters_widen_no_activation(backend: str):
+def test_float32_masters_widen_no_activation(backend16: str):
     x, weight, bias, adapters, ids = layer((4, 8, 2), 200, dtype=torch.bfloat16)
-    narrow = run(x, weight, bias, adapters, ids, backend=backend)
+    narrow = run(x, weight, bias, adapters, ids, backend=backend16)
     masters = {
         name: (a.float().requires_grad_(), b.float().requires_grad_(), s) for name, (a, b, s) in adapters.items()
     }
     x.requires_grad_()
     with LargestFloat32() as seen:
-        y = run(x, weight, bias, masters, ids, backend=backend)
+        y = run(x, weight, bias, masters, ids, backend=backend16)
         y.sum().backward()
     assert torch.equal(y, narrow)
     assert seen.largest < min(x.numel(), y.numel())
@@ -438,40 +447,132 @@ def test_float32_masters_widen_no_activation(backend: str):
     assert {t.grad.dtype for m in masters.values() for t in m[:2]} == {torch.float32}
 
 
-def test_scaling_is_not_rounded_to_16_bits(backend: str):
+def test_scaling_is_not_rounded_to_16_bits(backend16: str):
     # 32 / 24 is 0.2 % off in bfloat16. A and B of one leave the rounding of the result alone.
     x = torch.arange(1, 257)[:, None].bfloat16()
     one = torch.ones(1, 1, dtype=torch.bfloat16)
-    y = run(x, one * 0, None, {"a": (one, one, 32 / 24)}, torch.zeros(256, dtype=torch.int64), backend=backend)
+    y = run(x, one * 0, None, {"a": (one, one, 32 / 24)}, torch.zeros(256, dtype=torch.int64), backend=backend16)
     assert torch.equal(y, (x.float() * (32 / 24)).bfloat16())
 
 
-def test_autocast(backend: str):
+def test_autocast(backend16: str):
     x, weight, bias, adapters, ids = layer((4, 8, 2), 30, dtype=torch.float32)
     narrow = run(
         *(t.bfloat16() for t in (x, weight, bias)),
         {name: (a.bfloat16(), b.bfloat16(), s) for name, (a, b, s) in adapters.items()},
         ids,
-        backend=backend,
+        backend=backend16,
     )
     inputs = leaves(x, weight, bias, adapters)
     with torch.autocast("cpu", torch.bfloat16):
-        got = run(x, weight, bias, adapters, ids, backend=backend)
-        mixed = run(x, weight.bfloat16(), bias.bfloat16(), adapters, ids, backend=backend)
+        got = run(x, weight, bias, adapters, ids, backend=backend16)
+        mixed = run(x, weight.bfloat16(), bias.bfloat16(), adapters, ids, backend=backend16)
     assert torch.equal(got, narrow)
     assert torch.equal(mixed, narrow)
     got.sum().backward()
     assert all(t.grad.dtype == torch.float32 for t in inputs)
 
 
-def test_same_bits_from_run_to_run(backend: str):
+def test_same_bits_from_run_to_run(backend16: str):
     results = []
     for _ in range(2):
         x, weight, bias, adapters, ids = layer((4, 64, 13), 300, inputs=256, outputs=192, dtype=torch.float32)
         inputs = leaves(x, weight, bias, adapters)
-        y = run(x, weight, bias, adapters, ids, backend=backend)
+        y = run(x, weight, bias, adapters, ids, backend=backend16)
         results.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
     assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+@pytest.mark.parametrize("drop", [0, 1 << 14])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("ranks", [(4,), (64, 1, 13, 70), (8, 16)], ids=str)
+def test_ops_for_few_tokens(ranks: tuple[int, ...], dtype: torch.dtype, drop: int):
+    """Forward and backward as exact as plain torch, whatever the ranks, and with widths that fill no vector."""
+    tokens, width, outputs = {1: (1, 5, 3), 2: (6, 130, 48), 4: (37, 70, 83)}[len(ranks)]
+    x, _, _, adapters, ids = layer(ranks, tokens, inputs=width, outputs=outputs, dtype=dtype)
+    upstream, seed = torch.randn(tokens, outputs, dtype=torch.float64), torch.tensor([3]) if drop else None
+
+    def results(run_in: torch.dtype, engine) -> list[Tensor]:
+        mine = {name: (a.to(run_in), b.to(run_in), s) for name, (a, b, s) in adapters.items()}
+        inputs = [x.to(run_in).requires_grad_(), *(t.requires_grad_() for m in mine.values() for t in m[:2])]
+        bank, y = LoraBank.pack(mine), torch.zeros(tokens, outputs, dtype=run_in)
+        routing = LoraRouting(ids, bank)
+        if engine is few:
+            got = linears(Call(few, [bank], routing, seed, drop), inputs[0], None, [Base(None, None, y)])[0]
+        else:
+            got = reference.add_adapters(y, inputs[0], bank.rows(run_in), routing.pairs, None, seed, drop)
+        return [got, *torch.autograd.grad(got, inputs, upstream.to(run_in))]
+
+    for got, plain, exact in zip(results(dtype, few), results(dtype, reference), results(torch.float64, reference)):
+        assert_within_reference_error(got, plain, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_the_adapters_add_does_not_depend_on_the_batch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    """To a token and to its gradient, for few tokens. (What torch's products add may: docs/multi_lora.md.)"""
+    monkeypatch.setattr(few, "TOKENS", 10**9)
+    x, _, _, adapters, ids = layer((64, 13, 8), 33, inputs=150, outputs=70, dtype=dtype)
+    ids, weights = torch.stack([ids, ids.flip(0)], 1), torch.rand(33, 2)
+    upstream = torch.randn(33, 70).to(dtype)
+
+    def run_rows(rows: slice) -> list[Tensor]:
+        bank, mine = LoraBank.pack(adapters), x[rows].detach().requires_grad_()
+        y = torch.zeros(len(mine), 70, dtype=dtype)
+        got = add_adapters(y, mine, bank, LoraRouting(ids[rows], bank, weights[rows]))
+        return [got, *torch.autograd.grad(got, mine, upstream[rows])]
+
+    together = run_rows(slice(None))
+    for rows in (slice(0, 1), slice(5, 7), slice(12, 32)):
+        assert all(torch.equal(got, want[rows]) for got, want in zip(run_rows(rows), together))
+
+
+@pytest.mark.parametrize("few_tokens", [0, 10**9])
+@pytest.mark.parametrize("uniform", [False, True])
+def test_gradients_accumulate_in_float32(few_tokens: int, uniform: bool, monkeypatch: pytest.MonkeyPatch):
+    """Of many small batches in bfloat16: what a sum in bfloat16 would lose is there."""
+    monkeypatch.setattr(few, "TOKENS", few_tokens)
+    x, weight, bias, adapters, ids = layer((4, 8, 2), 20, dtype=torch.bfloat16)
+    ids = ids * 0 if uniform else ids
+    masters = {
+        name: (a.float().requires_grad_(), b.float().requires_grad_(), s) for name, (a, b, s) in adapters.items()
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu, "ONE_NODE", 0)
+        y = run(x, weight, bias, masters, ids)
+    once = torch.autograd.grad(y.sum(), [t for m in masters.values() for t in m[:2]])
+
+    bank = LoraBank.pack({name: (a.requires_grad_(), b.requires_grad_(), s) for name, (a, b, s) in adapters.items()})
+    parameters = [t for pair in bank.adapters for t in pair]
+    sums = [t for pair in bank.accumulate().values() for t in pair]
+    assert all(torch.equal(total, torch.zeros(p.shape)) for total, p in zip(sums, parameters))
+    for _ in range(300):
+        multi_lora_linear(x, weight, bank, LoraRouting(ids, bank), bias).sum().backward()
+    assert all(p.grad is None for p in parameters)
+    for total, one in zip(sums, once):
+        want = torch.zeros_like(one)
+        for _ in range(300):
+            want += one
+        torch.testing.assert_close(total, want)
+    again = [t for pair in bank.accumulate().values() for t in pair]
+    assert all(torch.equal(total, same) for total, same in zip(sums, again))
+    with pytest.raises(ValueError, match="bank: got one that accumulates its gradients, which the backend 'reference'"):
+        multi_lora_linear(x, weight, bank, LoraRouting(ids, bank), bias, backend="reference")
+
+
+def test_raw_ops_for_few_tokens_keep_their_schema():
+    x, _, _, adapters, ids = layer((4, 8), 9, dtype=torch.float32)
+    a, b = ([pair[k] for pair in adapters.values()] for k in (0, 1))
+    given = (a, b, [2.0, 0.5], ids[:, None])
+    y, dx = torch.zeros(9, 17), torch.zeros(9, 24)
+    h = torch.ops.lyra.multi_lora_few_(y, x, *given, None)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.lyra.multi_lora_few_, (y, x, *given, None), test_utils=tests)
+    gradients = (dx, y, x, h, *given, torch.rand(9, 1), True, False)
+    torch.library.opcheck(torch.ops.lyra.multi_lora_few_gradients_, gradients, test_utils=tests)
+    with pytest.raises(RuntimeError, match="ids: got 2, expected -1 to 1"):
+        torch.ops.lyra.multi_lora_few_(y, x, a, b, [2.0, 0.5], ids[:, None] + 2, None)
+    with pytest.raises(RuntimeError, match="h: got shape"):
+        torch.ops.lyra.multi_lora_few_gradients_(dx, y, x, h[:3], *given, None, True, True)
 
 
 def test_gradient_checkpointing_keeps_the_routing(backend: str):

@@ -109,6 +109,24 @@ def test_layers_with_one_input(scalings: tuple[float, float], drop: int):
     torch.testing.assert_close(*(torch.autograd.grad(ys, inputs, upstream) for ys in (got, want)))
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+def test_gradients_accumulate_in_float32(layers: int):
+    x, *_, ids = layer((4, 8, 2), 150, dtype=torch.float32)
+    made = [layer((4, 8, 2), 1, outputs=9 + j, dtype=torch.float32, seed=j) for j in range(layers)]
+    parameters = [t for one in made for t in leaves(torch.empty(0), *one[1:4])[3:]]
+    banks, bases = [LoraBank.pack(one[3]) for one in made], [Base(one[1].detach(), None, None) for one in made]
+
+    def backward() -> tuple[Tensor, ...]:
+        ys = linears(Call(ENGINE, banks, LoraRouting(ids, banks[0]), None, 0), x, None, bases)
+        return torch.autograd.grad(sum(y.square().sum() for y in ys), parameters, allow_unused=True)
+
+    once = backward()
+    sums = [t for bank in banks for pair in bank.accumulate().values() for t in pair]
+    assert all(g is None for _ in range(3) for g in backward())
+    for total, one in zip(sums, once):
+        torch.testing.assert_close(total, 3 * one)
+
+
 @pytest.mark.parametrize("tokens", [0, 9])
 def test_adapters_without_tokens_get_zeros(tokens: int):
     x, weight, bias, adapters, _ = layer((2, 3), tokens, dtype=torch.float32)

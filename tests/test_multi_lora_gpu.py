@@ -25,7 +25,7 @@ def kernels(request: pytest.FixtureRequest) -> SimpleNamespace:
         from lyra_ops.multi_lora import triton as ops
     else:
         assert _loader.missing("multi_lora_shrink_", "cuda") is None
-    names = ("shrink_", "expand_", "outer")
+    names = ("shrink_", "expand_", "outer", "add_outer_")
     return SimpleNamespace(**{name: getattr(ops, name, None) or getattr(ops, f"multi_lora_{name}") for name in names})
 
 
@@ -228,6 +228,16 @@ def test_errors_name_the_argument(kernels):
         run_outer(kernels, replace(p, drop=70000))
 
 
+@pytest.mark.sanitize
+def test_gradients_accumulate(kernels):
+    p = make(COMMON_CASES[4])
+    before, q = torch.randn(p.rows, p.x.shape[1]), on_gpu(p)
+    got, lists = before.cuda(), (q.plan[name] for name in ("starts", "pairs", "chunks"))
+    kernels.add_outer_(got, q.h, q.x, q.table, q.scaling, q.weights, *lists, q.seed, q.drop)
+    plain, exact = (before.to(dtype) + outer(p, dtype) for dtype in (torch.float32, torch.float64))
+    assert_within_reference_error(got, plain, exact)
+
+
 def test_operators_are_registered_as_they_behave(compiled_plan):
     p = on_gpu(make(Case(70, (8, 3), 40, BF16, per_token=2, drop=9000)))
     h, y, plan = p.h.nan_to_num(), p.x.nan_to_num(), tuple(p.plan.values())
@@ -237,6 +247,10 @@ def test_operators_are_registered_as_they_behave(compiled_plan):
         (ops.multi_lora_shrink_, (h, y, p.bank, p.table, *plan, p.seed, p.drop)),
         (ops.multi_lora_expand_, (y, h, p.bank, p.table, p.scaling, plan[0], p.weights, plan[4], p.seed, p.drop)),
         (ops.multi_lora_outer, (h, y, p.table, p.scaling, p.weights, *plan[1:4], p.seed, p.drop, p.rows)),
+        (
+            ops.multi_lora_add_outer_,
+            (p.bank.float(), h, y, p.table, p.scaling, p.weights, *plan[1:4], p.seed, p.drop),
+        ),
     ):
         torch.library.opcheck(op, arguments, test_utils=tests)
 

@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import lyra_ops
 from lyra_ops.integrations import apply_multi_lora, is_routed, modality_adapters
+from lyra_ops.integrations import multi_lora as integration
 
 accelerate = pytest.importorskip("accelerate")
 peft = pytest.importorskip("peft")
@@ -162,6 +163,87 @@ def test_one_step_gives_the_gradients_of_separate_runs(checkpointing: str | None
         assert p.grad is not None, name
         torch.testing.assert_close(p.grad, torch.as_tensor(want[name]).expand_as(p).to(p.dtype), msg=name)
         assert bool(p.grad.any()) == (".image." not in name), name  # image has no tokens: zeros, not None
+
+
+def groups_of(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Filled with the number of layers in each call of the op."""
+    sizes: list[int] = []
+    run = integration.run_checked
+
+    def counting(x, bases, *rest):
+        sizes.append(len(bases))
+        return run(x, bases, *rest)
+
+    monkeypatch.setattr(integration, "run_checked", counting)
+    return sizes
+
+
+def mixed_step(model: nn.Module, routed, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    with routed.route(MIXED):
+        logits = real(model(**inputs).logits, inputs)
+    logits.square().sum().backward()
+    return logits, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_layers_with_one_input_run_at_once(monkeypatch: pytest.MonkeyPatch, checkpointing: bool) -> None:
+    """q, k and v, gate and up: seen by their input, not by name, from the second pass on; the results stay the same."""
+    inputs, model = batch(), with_adapters(llama()).train()
+    for name, p in model.named_parameters():
+        p.requires_grad_("lora_" in name)
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    routed, sizes = apply_multi_lora(model), groups_of(monkeypatch)
+    first = mixed_step(model, routed, inputs)
+    if not checkpointing:
+        assert sizes == [1] * 14
+    sizes.clear()
+    again = mixed_step(model, routed, inputs)
+    # "speech" is on q and v alone, so k goes its own way.
+    assert sizes == [2, 1, 1, 2, 1] * (4 if checkpointing else 2)
+    assert torch.equal(first[0], again[0])
+    torch.testing.assert_close(first[1], again[1])
+    with torch.inference_mode(), routed.route(MIXED):
+        assert torch.equal(real(model(**inputs).logits, inputs), first[0])
+
+
+def test_layers_that_no_longer_share_their_input_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layers = nn.ModuleDict({"q_proj": nn.Linear(6, 5), "v_proj": nn.Linear(6, 4)})
+    model = with_adapters(layers, target_modules=["q_proj", "v_proj"]).eval()
+    one, other = model.base_model.model["q_proj"], model.base_model.model["v_proj"]
+    x, routed, sizes = torch.randn(2, 3, 6).double(), apply_multi_lora(model), groups_of(monkeypatch)
+
+    def both(x: Tensor, x_of_other: Tensor) -> list[int]:
+        sizes.clear()
+        with routed.route(["image", "image+speech"]):
+            got = one(x), other(x_of_other)
+        with routed.route(["image", "image+speech"]):
+            assert torch.equal(got[1], other(x_of_other))
+        torch.testing.assert_close(got[0][0], alone_in(model, one, "image", x)[0])
+        torch.testing.assert_close(got[1][0], alone_in(model, other, "image", x_of_other)[0])
+        return sizes[:-1]
+
+    assert both(x, x) == [1, 1]
+    assert both(x, x) == [2]
+    assert both(x, x.clone()) == [2, 1]  # the first cannot know yet
+    assert both(x, x.clone()) == [1, 1]
+    assert both(x, x) == [1, 1]
+    with routed.route(["image", None]):
+        one(x)
+        x.add_(1)
+        sizes.clear()
+        got = other(x)
+    assert sizes == [1]
+    torch.testing.assert_close(got[0], alone_in(model, other, "image", x)[0])
+
+
+def alone_in(model: nn.Module, layer: nn.Module, adapter: str, x: Tensor) -> Tensor:
+    """What unpatched peft computes: outside of a route."""
+    model.set_adapter(adapter)
+    return layer(x)
 
 
 def test_checkpointed_recomputation_really_happens_under_the_routing() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import lyra_ops
 from lyra_ops import backend_of, dtw_path, soft_dtw, soft_dtw_alignment, soft_dtw_from_cost
@@ -231,12 +232,18 @@ def test_sqeuclidean_survives_a_common_offset() -> None:
 
 
 class _LargestTensor(TorchDispatchMode):
+    """Of all that come up, views of ``known`` ones aside."""
+
     nbytes = 0
+
+    def __init__(self, *known: Tensor) -> None:
+        super().__init__()
+        self.known = {t.untyped_storage().data_ptr() for t in known}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for t in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(t, Tensor):
+            if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in self.known:
                 self.nbytes = max(self.nbytes, t.untyped_storage().nbytes())
         return out
 
@@ -269,6 +276,48 @@ def test_features_in_blocks_are_the_reference_whatever_the_block(monkeypatch) ->
                 torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
         for a, b in zip(results[1], results[3]):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("band", [None, 2, "windows"])
+def test_features_in_pieces_of_rows_are_the_reference(monkeypatch, cost: str, band: int | str | None) -> None:
+    """Equal lengths too, which are multiplied together, and a windowless row in the middle of a gap."""
+    monkeypatch.setattr(features, "ROWS", 4)
+    n, m = torch.tensor([19, 19, 12, 1]), torch.tensor([11, 11, 7, 5])
+    if band == "windows":
+        middle = torch.arange(19) * 11 // 19
+        band = ((middle - 3).expand(4, 19), (middle + 3).expand(4, 19).clone())
+        band[1][3, 0] = 4  # all columns of the pair of one row
+        band[1][2] = -1  # a pair without a path
+    results = []
+    for backend in ("reference", "cpu"):
+        x, y = random(4, 19, 5).requires_grad_(), random(4, 11, 5, seed=1).requires_grad_()
+        value = soft_dtw(x, y, n, m, cost=cost, gamma=0.5, band=band, backend=backend)
+        results.append((value.detach(), *torch.autograd.grad(value[value.isfinite()].sum(), (x, y))))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+def test_features_outside_the_band_and_of_padding_are_not_multiplied() -> None:
+    x, y = random(2, 600, 8).float().requires_grad_(), random(2, 600, 8, seed=1).float().requires_grad_()
+
+    def flops(band: int | None, n: int) -> int:
+        lengths = torch.tensor([n, n])
+        with FlopCounterMode(display=False) as counter:
+            soft_dtw(x, y, lengths, lengths, cost="cosine", gamma=0.5, band=band).sum().backward()
+        return counter.get_total_flops()
+
+    assert flops(None, 600) == 3 * 2 * 2 * 600 * 600 * 8
+    assert flops(None, 300) == flops(None, 600) / 4
+    assert flops(10, 600) < flops(None, 600) * 0.6  # pieces of 256 rows
+
+
+def test_features_are_multiplied_where_they_lie() -> None:
+    x, y = random(8, 50, 400).float().requires_grad_(), random(8, 30, 400, seed=1).float().requires_grad_()
+    lengths = ragged(8, 50, 30)
+    with _LargestTensor(x, y) as seen:
+        soft_dtw(x, y, *lengths, cost="contrastive", gamma=0.5)
+    assert seen.nbytes <= 8 * 50 * 30 * 4 * 1.7  # costs, or the shares of rows in eights, each with 14 steps more
 
 
 def test_features_never_hold_the_cost_of_the_whole_batch(monkeypatch) -> None:

@@ -121,9 +121,14 @@ def test_divergence_refuses_what_has_no_itself() -> None:
 # --- packed ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"drop_cost": 0.8}, {"band": 1}, {"cost": "contrastive", "temperature": 0.5}])
+PACKED = [{}, {"drop_cost": 0.8}, {"band": 1}, {"cost": "contrastive", "temperature": 0.5}, {"bits": 8}]
+
+
+@pytest.mark.parametrize("options", PACKED)
 def test_packed_is_padded_bit_for_bit(options: dict) -> None:
     x, y = random(4, 7, 3), random(4, 5, 3, seed=1)
+    if "bits" in options:  # which float64 has no use for
+        x, y = x.float(), y.float()
     n, m = ragged(4, 7, 5)
     tokens = [packed(x, n).requires_grad_(), packed(y, m).requires_grad_()]
     got = lyra_ops.soft_dtw_packed(*tokens, bounds(n), bounds(m), gamma=0.5, **options)
@@ -160,6 +165,37 @@ def test_packed_errors_name_the_argument(change: dict, message: str) -> None:
     }
     with pytest.raises(ValueError, match=message):
         lyra_ops.soft_dtw_packed(**arguments | change)
+
+
+# --- bits ----------------------------------------------------------------------------------------------------------
+
+
+def test_bits_reach_the_shares_and_leave_the_value_alone() -> None:
+    """Everything that takes `bits` gives what the function under it gives for them."""
+    x, y, (n, m) = random(3, 20, 4).float().requires_grad_(), random(3, 9, 4, seed=1).float(), ragged(3, 20, 9)
+    cost = lyra_ops.pair_cost(x, y, n, m).detach()
+    cells = torch.cat([c[:a, :b].flatten() for c, a, b in zip(cost, n.tolist(), m.tolist())])
+
+    def gradient(value: Tensor) -> Tensor:
+        return torch.autograd.grad(value.sum(), x)[0]
+
+    def results(bits: int) -> list[Tensor]:
+        direct = gradient(soft_dtw(x, y, n, m, gamma=2.0, bits=bits))
+        loss = lyra_ops.SoftDTWLoss(gamma=2.0, reduction="sum", bits=bits)(x, y, n, m)
+        assert torch.equal(gradient(loss), direct)
+        alignment = soft_dtw_alignment(cost, n, m, gamma=2.0, bits=bits)
+        assert torch.equal(soft_dtw_statistics(cost, n, m, gamma=2.0, bits=bits).alignment, alignment)
+        row_by_row = lyra_ops.soft_dtw_alignment_packed(cells, bounds(n), bounds(m), gamma=2.0, bits=bits)
+        assert torch.equal(row_by_row, torch.cat([e[:a, :b].flatten() for e, a, b in zip(alignment, n, m)]))
+        divergence = gradient(lyra_ops.soft_dtw_divergence(x, y, n, m, gamma=2.0, bits=bits))
+        path = gradient(lyra_ops.SoftDTWLoss(gamma=2.0, normalize="path", bits=bits)(x, y, n, m))
+        return [direct, alignment, divergence, path]
+
+    for wide, narrow in zip(results(16), results(8)):
+        assert 1e-5 < (wide - narrow).norm() / wide.norm() < 1e-2
+    assert torch.equal(soft_dtw(x, y, n, m, bits=8), soft_dtw(x, y, n, m))
+    with pytest.raises(ValueError, match="bits: got 4, expected one of 16, 8"):
+        lyra_ops.SoftDTWLoss(bits=4)
 
 
 # --- losses ------------------------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ def test_prefill_writes_what_it_measured(small, tmp_path):
 def test_recall_writes_figures_and_a_plot(tmp_path):
     assert recall.main(["--seeds", "1", "--steps", "2", "--questions", "16", "--out", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "recall.json").read_text())["rows"]
-    assert len(rows) == 2 * len(recall.LAYERS) * len(recall.SCORES) * len(recall.SHARES)
+    assert len(rows) == 2 * len(recall.SCORES) * len(recall.SHARES)
     whole = [r for r in rows if r["share"] == 1]
     assert all(r["kept"] == 1 for r in whole)
     assert len({(r["trained_with_dropping"], r["right"]) for r in whole}) <= 2  # the score has no say
@@ -61,7 +61,19 @@ def test_recall_writes_figures_and_a_plot(tmp_path):
     assert (tmp_path / "recall.png").stat().st_size > 10_000
 
 
-def test_a_question_asks_for_one_of_its_pairs():
-    keys, values, place = recall.questions(50, torch.Generator().manual_seed(0))
+def test_recall_falls_with_chance_and_holds_under_the_text_guided_score():
+    """Trains for some 7 s: the whole of what the extractor is for."""
+    model = recall.train(dropping=False, seed=0, steps=300)
+    fits = recall.ASKED / recall.PAIRS
+    for score, share, kept in [("text", 1, 1), ("text", 2 * fits, 1), ("text", fits / 2, 0.5), ("random", fits, fits)]:
+        got = recall.judge(model, score, share, 256)
+        assert got["kept"] == pytest.approx(kept, abs=0.05), (score, share)
+        assert got["right"] == pytest.approx(recall.by_chance(got["kept"]), abs=0.05), (score, share)
+    assert recall.judge(model, "text", fits, 256)["right"] > 0.85
+
+
+def test_a_question_asks_for_some_of_its_pairs():
+    keys, values, places = recall.questions(50, torch.Generator().manual_seed(0))
     assert all(len(set(row.tolist())) == recall.PAIRS for row in keys)
-    assert keys.max() < recall.KEYS and values.max() < recall.VALUES and place.max() < recall.PAIRS
+    assert all(len(set(row.tolist())) == recall.ASKED for row in places)
+    assert keys.max() < recall.KEYS and values.max() < recall.VALUES and places.max() < recall.PAIRS

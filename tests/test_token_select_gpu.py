@@ -27,7 +27,8 @@ def on_gpu(value: object) -> object:
 def scores_by(backend: str, case: Case, inputs: dict) -> Tensor:
     options = (*inputs["masks"], inputs["limits"], inputs["bias"], inputs["weights"], inputs["scale"], case.causal)
     given = (inputs["query"], inputs["key"], *options, inputs["lse"], case.per_head)
-    return triton.token_scores(*given) if backend == "triton" else RAW.token_select_scores(*given, None, None)
+    raw = triton.token_scores if backend == "triton" else RAW.token_select_scores
+    return raw(*given, None, None)
 
 
 BACKENDS = pytest.mark.parametrize("backend", ["cuda", "triton"])
@@ -184,18 +185,59 @@ def test_gather_of_more_than_two_to_the_31_bytes():
 # --- all of it -------------------------------------------------------------------------------------------------------
 
 
-def whole_call(query: Tensor, key: Tensor, hidden: Tensor) -> tuple[Tensor, ...]:
-    candidates = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
-    candidates[:, :10] = False
+def step_by_step(query: Tensor, key: Tensor, hidden: Tensor) -> tuple[Tensor, ...]:
+    candidates = torch.arange(key.shape[2], device=key.device).expand(key.shape[0], -1) >= 10
     scores = lyra_ops.token_scores(query, key, backend="cuda")
     selection = lyra_ops.select_tokens(scores, candidates, keep=0.5, capacity=key.shape[2], backend="cuda")
     (kept,) = lyra_ops.gather_tokens(selection, hidden, backend="cuda")
-    return (scores, *selection, kept)
+    return (*selection, kept)
+
+
+def whole_call(query: Tensor, key: Tensor, hidden: Tensor) -> tuple[Tensor, ...]:
+    candidates = torch.arange(key.shape[2], device=key.device).expand(key.shape[0], -1) >= 10
+    selection, (kept,) = lyra_ops.extract_tokens(
+        query, key, candidates, hidden, keep=0.5, capacity=key.shape[2], backend="cuda"
+    )
+    return (*selection, kept)
 
 
 def inputs(length: int) -> tuple[Tensor, ...]:
     shapes = (2, 4, 16, 64), (2, 2, length, 64), (2, length, 256)
     return tuple(torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes)
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("length", [1, 576, 2048, 2049, 30000])
+@pytest.mark.parametrize("options", [{}, {"layout": "left"}, {"layout": "packed"}, {"given": True}], ids=str)
+def test_the_whole_call_is_bitwise_the_three_steps(length: int, options: dict):
+    query, key, hidden = inputs(length)
+    positions = torch.randint(0, 99, (3, 2, length), device="cuda")
+    query_mask, key_mask, candidates = (torch.rand(2, n, device="cuda") < 0.8 for n in (16, length, length))
+    key[~key_mask[:, None].expand(2, 2, length)] = torch.nan
+    scoring = {"query_mask": query_mask, "key_mask": key_mask, "backend": "cuda"}
+    if options.get("given"):
+        scoring |= {"lse": torch.randn(2, 4, 16, device="cuda"), "causal": length >= 16}
+    layout = options.get("layout", "right")
+    selecting = {"keep": torch.tensor([3, length // 2], device="cuda"), "min_keep": 2, "layout": layout}
+    selecting |= {"bias": torch.rand(2, length, device="cuda") / length}
+    selecting["capacity"] = 2 * length if layout == "packed" else length
+    got, moved = lyra_ops.extract_tokens(query, key, candidates, hidden, positions, **scoring, **selecting)
+    scores = lyra_ops.token_scores(query, key, **scoring)
+    want = lyra_ops.select_tokens(scores, candidates, key_mask=key_mask, backend="cuda", **selecting)
+    for ours, theirs in zip((*got, *moved), (*want, *lyra_ops.gather_tokens(want, hidden, positions))):
+        assert torch.equal(ours, theirs)
+
+
+def test_the_whole_call_takes_three_launches():
+    given = inputs(576)
+    whole_call(*given)
+    torch.cuda.synchronize()
+    candidates = torch.ones(2, 576, dtype=torch.bool, device="cuda")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        lyra_ops.extract_tokens(*given[:2], candidates, given[2], keep=99, capacity=99, backend="cuda")
+        torch.cuda.synchronize()
+    launched = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert len(launched) == 3, launched
 
 
 @pytest.mark.parametrize("length", [576, 30000])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 
 import pytest
 import torch
@@ -137,3 +138,40 @@ def test_schedules():
         policies.blockwise_schedule({4: 0.8, 5: 0.9})
     with pytest.raises(ValueError, match="^left: got 1 shares, expected one for each of 2 layers"):
         policies.pyramid_schedule([1, 2], [0.5])
+
+
+@pytest.mark.parametrize(
+    ("n_layers", "drops", "late", "average"),
+    [(28, (16, 18, 20), 24, 0.1), (28, (16, 18, 20), 24, 0.45), (48, (27, 31, 35), 40, 0.3)],
+)
+def test_schedule_of_seats(n_layers: int, drops: tuple[int, ...], late: int, average: float):
+    schedule = policies.seats_schedule(average, n_layers=n_layers, drops=drops, late=late)
+    assert list(schedule) == [*(drop - 1 for drop in drops), late - 2] and schedule[late - 2] == 0
+    shares, left = [], min(1.4 * average, 1)
+    for layer in range(n_layers):
+        shares.append(left)
+        left *= schedule.get(layer, 1)
+    assert statistics.mean(shares) == pytest.approx(average)
+    steps = [shares[drop - 1] - shares[drop] for drop in drops]
+    assert steps[1] / steps[0] == pytest.approx(math.e) and steps[2] / steps[1] == pytest.approx(math.e)
+
+
+def test_published_numbers_of_seats():
+    # Worked out by hand: 0.14 x 23 - 0.1 x 28 = 0.42 to drop, of at most 0.14 x (2 x 0.090 + 2 x 0.335 + 3).
+    schedule = policies.seats_schedule(0.1)
+    assert schedule == {15: pytest.approx(0.9298, abs=1e-4), 17: pytest.approx(0.7949, abs=1e-4),
+                        19: pytest.approx(0.2986, abs=1e-4), 22: 0}  # fmt: skip
+    with pytest.raises(ValueError, match="^average: got 0.1, expected 0.342 to 0.411, since 0.5 enter"):
+        policies.seats_schedule(0.1, entering=0.5)
+
+
+def test_schedule_of_omnidrop():
+    schedule = policies.omnidrop_schedule()
+    assert list(schedule) == list(range(27))  # behind the last layer nothing is left to save
+    assert schedule[14] == pytest.approx(0.9)
+    assert schedule[0] == pytest.approx(1, abs=1e-4) and schedule[26] == pytest.approx(0.8, abs=1e-3)
+    # 45 % enter; the paper aims at a mean of 30 %.
+    shares = [0.45 * left for left in (1.0, *torch.tensor(list(schedule.values())).cumprod(0).tolist())]
+    assert statistics.mean(shares) == pytest.approx(0.302, abs=5e-4)
+    steep = policies.omnidrop_schedule(36, first=0.02, final=0.5, middle=0.55)
+    assert steep[0] == pytest.approx(0.98, abs=1e-3) and steep[34] < 0.51

@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from token_select_oracles import blocked_scores
 from torch import Tensor
 
 import lyra_ops
+from bench.harness import peak_cpu
 from lyra_ops import _loader
 from lyra_ops.testing import assert_within_reference_error
 
@@ -414,6 +416,44 @@ def test_compiled_on_a_cpu():
     torch.library.opcheck(raw, (query[:1], key[:1], None, None, None, None, None, 0.3, False, None, False, *starts))
     with pytest.raises(RuntimeError, match="cu_seqlens_k: expected increasing places from 0 to 5000"):
         raw(query[:1], key[:1], None, None, None, None, None, 0.3, False, None, False, starts[0], starts[1] + 1)
+
+
+@on_each_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [9_000, 20_000])  # on a CPU: all powers kept, and made twice
+def test_many_keys_against_the_blocked_oracle(length: int, dtype: torch.dtype, backend: str):
+    query, key, _ = sample(9, length, batch=1, dim=16)
+    query, key = 3 * query.to(dtype), key.to(dtype)
+    for causal in (False, True):
+        got = lyra_ops.token_scores(query, key, causal=causal, backend=backend)
+        logits = query.float() @ key.float().repeat_interleave(2, dim=1).mT * 0.25
+        if causal:
+            logits = logits.masked_fill(torch.ones(9, length, dtype=torch.bool).triu(length - 8), -torch.inf)
+        exact = blocked_scores(query, key, causal=causal)
+        assert_within_reference_error(got, logits.softmax(-1).mean((1, 2)), exact)
+
+
+def test_the_blocked_oracle_is_the_formula():
+    query, key, _ = sample(7, 50)
+    for causal in (False, True):
+        torch.testing.assert_close(
+            blocked_scores(query, key, causal=causal, block=13), formula(query, key, causal=causal), rtol=1e-12, atol=0
+        )
+
+
+@compiled
+@pytest.mark.parametrize(("length", "fixed"), [(4096, 2 << 20), (131072, 0)])
+def test_memory_is_at_most_32_bytes_per_key_or_a_fixed_2_MiB(length: int, fixed: int):
+    query, key = torch.randn(1, 28, 16, 4), torch.randn(1, 1, length, 4)
+
+    def run() -> None:
+        lyra_ops.token_scores(query, key, backend="cpu")
+
+    run()
+    peak = peak_cpu(run)
+    if peak is None:
+        pytest.skip("this kernel does not let a process reset its peak")
+    assert peak <= 32 * length + fixed
 
 
 def test_backend_by_name():

@@ -107,3 +107,21 @@ def made(case: Case) -> dict:
         inputs["lse"] = logits.logsumexp(-1)
     plain, exact = (formula(clean, case.per_head, dtype) for dtype in (torch.float32, torch.float64))
     return {**inputs, "plain": plain, "exact": exact}
+
+
+def blocked_scores(query: Tensor, key: Tensor, *, causal: bool = False, block: int = 4096) -> Tensor:
+    """Scores (B, L) in float64, from blocks of keys: for lengths whose attention map does not fit into memory."""
+    query, key = query.double(), key.double().repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    rows, length = query.shape[2], key.shape[2]
+    last = torch.arange(length - rows, length) if causal else torch.full((rows,), length - 1)
+
+    def logits(start: int) -> Tensor:
+        places = torch.arange(start, min(start + block, length))
+        cells = query @ key[:, :, places].mT * query.shape[-1] ** -0.5
+        return cells.masked_fill(places > last[:, None], -torch.inf)
+
+    norm = torch.full(query.shape[:3], -torch.inf, dtype=torch.float64)
+    for start in range(0, length, block):
+        norm = torch.logaddexp(norm, logits(start).logsumexp(-1))
+    shares = [(logits(start) - norm[..., None]).exp().mean((1, 2)) for start in range(0, length, block)]
+    return torch.cat(shares, dim=1)

@@ -61,7 +61,7 @@ void add_pairs(kernels::Plan& plan, const Tensor& starts, const Tensor& pairs, c
   const int64_t all = plan.tokens * plan.per_token;
   plan.starts = checked_ints("starts", starts, {plan.adapters + 1}, as);
   plan.pairs = checked_ints("pairs", pairs, {all}, as);
-  plan.chunk_rows = kernels::divide_up(all, kernels::kTile) + plan.adapters;
+  plan.chunk_rows = divide_up(all, kernels::kTile) + plan.adapters;
   plan.chunks = checked_ints("chunks", chunks, {plan.chunk_rows, 2}, as);
 }
 
@@ -114,10 +114,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> plan(const Tensor& ids, int64
   const auto ints = [&](std::initializer_list<int64_t> shape) {
     return torch::stable::new_empty(ids, shape, ScalarType::Int);
   };
-  const int64_t chunk_rows = kernels::divide_up(pairs, kernels::kTile) + adapters;
+  const int64_t chunk_rows = divide_up(pairs, kernels::kTile) + adapters;
   Tensor clean = ints({tokens, per_token}), starts = ints({adapters + 1}), list = ints({pairs});
   Tensor chunks = ints({chunk_rows, 2});
-  Tensor present = ints({kernels::divide_up(tokens, kernels::kTile), kernels::divide_up(adapters, 32)});
+  Tensor present = ints({divide_up(tokens, kernels::kTile), divide_up(adapters, 32)});
   const auto go = [&]<class Id>(Id) {
     check_cuda(kernels::make_plan<Id>(
                    {ids.const_data_ptr<Id>(), tokens, per_token, adapters, clean.mutable_data_ptr<int>(),
@@ -180,9 +180,10 @@ void expand(Tensor y, const Tensor& h, const Tensor& bank, const Tensor& table, 
   });
 }
 
-Tensor outer(const Tensor& h, const Tensor& z, const Tensor& table, const Tensor& scaling,
-             const std::optional<Tensor>& weights, const Tensor& starts, const Tensor& pairs, const Tensor& chunks,
-             const std::optional<Tensor>& seed, int64_t drop, int64_t rows) {
+// Into `out`, or a new tensor of so many rows.
+Tensor outer_into(std::optional<Tensor> out, int64_t rows, const Tensor& h, const Tensor& z, const Tensor& table,
+                  const Tensor& scaling, const std::optional<Tensor>& weights, const Tensor& starts,
+                  const Tensor& pairs, const Tensor& chunks, const std::optional<Tensor>& seed, int64_t drop) {
   check_rows("z", z, h);
   const float* const shrunk = checked_h(h, z.size(0));
   check(rows >= 0, "rows: got ", rows, ", expected 0 or more");
@@ -195,15 +196,30 @@ Tensor outer(const Tensor& h, const Tensor& z, const Tensor& table, const Tensor
   const kernels::Mask mask = checked_mask(seed, drop, h);
   const int64_t size = z.size(1), width = h.size(2);
   const int count = multiprocessors(h);
-  Tensor out = torch::stable::new_empty(h, {rows, size});
+  const bool adds = out.has_value();
+  if (adds) checked_floats("out", *out, {rows, size}, h);
+  Tensor result = adds ? *out : torch::stable::new_empty(h, {rows, size});
   Tensor workspace = torch::stable::new_empty(h, {kernels::outer_workspace(plan, size, width, count)});
   with_type("z", z, [&]<class T>(T) {
     check_cuda(
-        kernels::outer<T>(plan, adapters, mask, shrunk, width, {data<T>(z), z.stride(0)}, size,
-                          out.mutable_data_ptr<float>(), workspace.mutable_data_ptr<float>(), count, guard.stream()),
+        kernels::outer<T>(plan, adapters, mask, shrunk, width, {data<T>(z), z.stride(0)}, size, adds,
+                          result.mutable_data_ptr<float>(), workspace.mutable_data_ptr<float>(), count, guard.stream()),
         "multi_lora_outer");
   });
-  return out;
+  return result;
+}
+
+Tensor outer(const Tensor& h, const Tensor& z, const Tensor& table, const Tensor& scaling,
+             const std::optional<Tensor>& weights, const Tensor& starts, const Tensor& pairs, const Tensor& chunks,
+             const std::optional<Tensor>& seed, int64_t drop, int64_t rows) {
+  return outer_into(std::nullopt, rows, h, z, table, scaling, weights, starts, pairs, chunks, seed, drop);
+}
+
+void add_outer(Tensor out, const Tensor& h, const Tensor& z, const Tensor& table, const Tensor& scaling,
+               const std::optional<Tensor>& weights, const Tensor& starts, const Tensor& pairs, const Tensor& chunks,
+               const std::optional<Tensor>& seed, int64_t drop) {
+  check_shape("out", out, {kAny, kAny});
+  outer_into(out, out.size(0), h, z, table, scaling, weights, starts, pairs, chunks, seed, drop);
 }
 
 }  // namespace
@@ -214,4 +230,5 @@ STABLE_TORCH_LIBRARY_IMPL(lyra, CUDA, m) {
   m.impl("multi_lora_shrink_", TORCH_BOX(&lyra::shrink));
   m.impl("multi_lora_expand_", TORCH_BOX(&lyra::expand));
   m.impl("multi_lora_outer", TORCH_BOX(&lyra::outer));
+  m.impl("multi_lora_add_outer_", TORCH_BOX(&lyra::add_outer));
 }

@@ -27,7 +27,8 @@
 //     without adapters costs one load per block.
 //   outer: `workers` take equal shares of the chunks. Adapters inside one share are written at once, those that span
 //     several leave at most two partial products per worker, added up in order by `sum_workers_kernel`, which also
-//     writes the zeros of absent adapters.
+//     writes the zeros of absent adapters. Or all of it is added to what `out` holds, which accumulates gradients in
+//     float32 however many batches they come from.
 // No atomics on floats, no host sync, grids of fixed size.
 //
 // Cost for M routed tokens of one adapter of rank r and 16-bit T: each of the three 2 M r D FLOPs; shrink reads M D,
@@ -40,7 +41,7 @@
 //   budget sm_80: shrink_kernel<float> 112, shrink_kernel<lyra::Bf16> 120, shrink_kernel<lyra::Half> 120,
 //   budget sm_80: expand_kernel<float> 96, expand_kernel<lyra::Bf16> 104, expand_kernel<lyra::Half> 104,
 //   budget sm_80: outer_kernel<float> 184, outer_kernel<lyra::Bf16> 128, outer_kernel<lyra::Half> 128,
-//   budget sm_80: sum_parts_kernel 32, sum_workers_kernel 48,
+//   budget sm_80: sum_parts_kernel 32, sum_workers_kernel 56,
 //   budget sm_80: plan_kernel<int> 80, plan_kernel<long> 80
 //   budget sm_90a: shrink_kernel<float> 112, shrink_kernel<lyra::Bf16> 120, shrink_kernel<lyra::Half> 120,
 //   budget sm_90a: expand_kernel<float> 96, expand_kernel<lyra::Bf16> 104, expand_kernel<lyra::Half> 104,
@@ -53,6 +54,7 @@
 
 #include "lyra/launch.h"
 #include "lyra/mma.h"
+#include "lyra/tile.h"
 
 namespace lyra::multi_lora {
 
@@ -63,7 +65,6 @@ constexpr int kThreads = 256;
 constexpr int kWarpRows = 4;  // the 8 warps stand in 4 rows of 16 by 2 columns
 constexpr int kMaxParts = 16;
 constexpr int kPart = 128;  // least number of columns in a part of D
-constexpr int kPiece = 8;   // elements that move together
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 struct Plan {
@@ -103,12 +104,6 @@ struct Mask {
   const int64_t* seed;  // null: keep all
   int drop;             // of 65536
 };
-
-template <class T>
-__host__ __device__ constexpr T smaller(T a, T b) {
-  return a < b ? a : b;
-}
-__host__ __device__ constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // --- plan --------------------------------------------------------------------------------------------------------
 
@@ -253,79 +248,7 @@ __global__ void __launch_bounds__(kPlanThreads, 1) plan_kernel(NewPlan<Id> plan)
   }
 }
 
-// --- pieces of eight elements ------------------------------------------------------------------------------------
-
-template <class T>
-struct alignas(16) Piece {
-  static constexpr int kWords = kPiece * sizeof(T) / 4;
-  uint32_t word[kWords] = {};
-
-  __device__ __forceinline__ float get(int i) const {
-    if constexpr (sizeof(T) == 4) {
-      return __int_as_float(static_cast<int>(word[i]));
-    } else {
-      return to_float(T{static_cast<uint16_t>(word[i / 2] >> 16 * (i % 2))});
-    }
-  }
-  __device__ __forceinline__ void keep(int i, bool kept) {
-    if (kept) return;
-    if constexpr (sizeof(T) == 4) {
-      word[i] = 0;
-    } else {
-      word[i / 2] &= i % 2 ? 0x0000ffffu : 0xffff0000u;
-    }
-  }
-};
-
-template <class T>
-__device__ __forceinline__ Piece<T> rounded(const float (&values)[kPiece]) {
-  Piece<T> piece;
-#pragma unroll
-  for (int w = 0; w < Piece<T>::kWords; ++w) {
-    if constexpr (sizeof(T) == 4) {
-      piece.word[w] = static_cast<uint32_t>(__float_as_int(values[w]));
-    } else {
-      piece.word[w] = pack<T>(values[2 * w], values[2 * w + 1]);
-    }
-  }
-  return piece;
-}
-
-template <class T>
-__device__ __forceinline__ bool aligned(const T* at) {
-  return reinterpret_cast<uintptr_t>(at) % 16 == 0;
-}
-
-// Elements [column, column + 8) of a row, zeros from `end` on.
-template <class T>
-__device__ __forceinline__ Piece<T> load_piece(const T* row, int64_t column, int64_t end) {
-  const T* at = row + column;
-  if (column + kPiece <= end && aligned(at)) return *reinterpret_cast<const Piece<T>*>(at);
-  Piece<T> piece;
-#pragma unroll
-  for (int i = 0; i < kPiece; ++i) {
-    if (column + i >= end) continue;
-    if constexpr (sizeof(T) == 4) {
-      piece.word[i] = static_cast<uint32_t>(__float_as_int(at[i]));
-    } else {
-      piece.word[i / 2] |= static_cast<uint32_t>(at[i].bits) << 16 * (i % 2);
-    }
-  }
-  return piece;
-}
-
-template <class T>
-__device__ __forceinline__ void store_piece(T* row, int64_t column, int64_t end, const Piece<T>& piece) {
-  T* at = row + column;
-  if (column + kPiece <= end && aligned(at)) {
-    *reinterpret_cast<Piece<T>*>(at) = piece;
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < kPiece; ++i) {
-    if (column + i < end) at[i] = from_float<T>(piece.get(i));
-  }
-}
+// --- dropout -----------------------------------------------------------------------------------------------------
 
 // Philox4x32 with 10 rounds (Salmon et al., 2011), which torch and Triton use as well.
 struct Philox {
@@ -358,82 +281,6 @@ __device__ __forceinline__ void drop_elements(Piece<T>& piece, const Mask& mask,
   for (int i = 0; i < kPiece; ++i) {
     const int value = static_cast<int16_t>(random.word[i / 2] >> 16 * (i % 2));
     piece.keep(i, value >= mask.drop - 32768);
-  }
-}
-
-// --- tiles in shared memory --------------------------------------------------------------------------------------
-
-// Words from one row of a tile to the next. Four more than a row has, so that the eight rows that ldmatrix reads
-// together lie in different banks.
-template <class T>
-constexpr int pitch(int columns) {
-  return columns * static_cast<int>(sizeof(T)) / 4 + 4;
-}
-
-template <class T>
-__device__ __forceinline__ void to_shared(uint32_t* tile, int pitch, int row, int piece, const Piece<T>& value) {
-#pragma unroll
-  for (int w = 0; w < Piece<T>::kWords; w += 4) {
-    const Words4 words{{value.word[w], value.word[w + 1], value.word[w + 2], value.word[w + 3]}};
-    shared_store16(tile + row * pitch + piece * Piece<T>::kWords + w, words);
-  }
-}
-
-// Whether a tile's rows run along the summed index k or across it.
-enum Layout { kAlong, kAcross };
-
-// acc += A B by one warp, for 16 rows from m on and `pairs` times 16 columns from n on, `step` apart, and k < 16 *
-// depth. acc[2p] and acc[2p + 1] are the two halves of columns n + p * step, in the layout of lyra/mma.h.
-template <class T, Layout kA, Layout kB, int kHalves>
-__device__ __forceinline__ void multiply(float (&acc)[kHalves][4], const uint32_t* a, int a_pitch, int m,
-                                         const uint32_t* b, int b_pitch, int n, int step, int pairs, int depth) {
-  const int lane = threadIdx.x % 32;
-  if constexpr (sizeof(T) == 2) {
-    const int low = lane % 8, mid = lane / 8 % 2 * 8, high = lane / 16 * 8;
-    const uint32_t* const a_row = kA == kAlong ? a + (m + mid + low) * a_pitch + high / 2  //
-                                               : a + (high + low) * a_pitch + (m + mid) / 2;
-    const uint32_t* const b_row = kB == kAlong ? b + (n + high + low) * b_pitch + mid / 2  //
-                                               : b + (mid + low) * b_pitch + (n + high) / 2;
-    for (int k = 0; k < depth; ++k) {
-      uint32_t left[4], right[4];
-      if constexpr (kA == kAlong) {
-        ldmatrix_x4(left, a_row + k * 8);
-      } else {
-        ldmatrix_x4_trans(left, a_row + k * 16 * a_pitch);
-      }
-#pragma unroll
-      for (int p = 0; p < kHalves / 2; ++p) {
-        if (p >= pairs) break;
-        if constexpr (kB == kAlong) {
-          ldmatrix_x4(right, b_row + k * 8 + p * step * b_pitch);
-        } else {
-          ldmatrix_x4_trans(right, b_row + k * 16 * b_pitch + p * step / 2);
-        }
-        mma_m16n8k16<T>(acc[2 * p], left, right[0], right[1]);
-        mma_m16n8k16<T>(acc[2 * p + 1], left, right[2], right[3]);
-      }
-    }
-  } else {
-    const int g = lane / 4, t = lane % 4;
-    const auto at = [](const uint32_t* word) { return __int_as_float(static_cast<int>(exchange_load(word))); };
-    const auto of_a = [&](int row, int k) { return at(kA == kAlong ? a + row * a_pitch + k : a + k * a_pitch + row); };
-    const auto of_b = [&](int k, int column) {
-      return at(kB == kAlong ? b + column * b_pitch + k : b + k * b_pitch + column);
-    };
-#pragma unroll 4
-    for (int k = 0; k < 16 * depth; ++k) {
-      const float upper = of_a(m + g, k), lower = of_a(m + g + 8, k);
-#pragma unroll
-      for (int half = 0; half < kHalves; ++half) {
-        if (half / 2 >= pairs) break;
-        const int column = n + half / 2 * step + half % 2 * 8 + 2 * t;
-        const float first = of_b(k, column), second = of_b(k, column + 1);
-        acc[half][0] = fmaf(upper, first, acc[half][0]);
-        acc[half][1] = fmaf(upper, second, acc[half][1]);
-        acc[half][2] = fmaf(lower, first, acc[half][2]);
-        acc[half][3] = fmaf(lower, second, acc[half][3]);
-      }
-    }
   }
 }
 
@@ -493,7 +340,7 @@ __global__ void __launch_bounds__(kThreads) shrink_kernel(Shrink<T> s) {
   const int warp = threadIdx.x / 32, m = warp % kWarpRows * 16, n = warp / kWarpRows * 16;
   const int columns = ranks - n;  // every other 16 ranks are this warp's
   const int mine = columns > 32 ? 2 : columns > 0 ? 1 : 0;
-  float part[4][4] = {}, total[4][4] = {};
+  float part[1][4][4] = {}, total[4][4] = {};
   const int64_t begin = only * s.part, end = s.split ? smaller(begin + s.part, s.size) : s.size;
   fetch(begin);
   for (int64_t k = begin; k < end; k += kSlab) {
@@ -511,8 +358,8 @@ __global__ void __launch_bounds__(kThreads) shrink_kernel(Shrink<T> s) {
     if ((k + kSlab) % s.part == 0 || k + kSlab >= end) {
 #pragma unroll
       for (int i = 0; i < 16; ++i) {
-        total[i / 4][i % 4] += part[i / 4][i % 4];
-        part[i / 4][i % 4] = 0;
+        total[i / 4][i % 4] += part[0][i / 4][i % 4];
+        part[0][i / 4][i % 4] = 0;
       }
     }
   }
@@ -569,7 +416,7 @@ __global__ void __launch_bounds__(kThreads) expand_kernel(Expand<T> s) {
   uint32_t* const h_tile = reinterpret_cast<uint32_t*>(dynamic_shared());
   uint32_t* const bank_tile = h_tile + kTile * kNarrow;
   const int warp = threadIdx.x / 32, m = warp % kWarpRows * 16, n = warp / kWarpRows * (kColumns / 2);
-  float acc[8][4] = {};
+  float acc[1][8][4] = {};
   bool some = false;
   for (int64_t w = 0; w < s.plan.words(); ++w) {
     for (uint32_t bits = present[w]; bits; bits &= bits - 1) {
@@ -619,7 +466,7 @@ __global__ void __launch_bounds__(kThreads) expand_kernel(Expand<T> s) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       exchange_store(sums + (m + g + i / 2 * 8) * kSums + n + half * 8 + 2 * t + i % 2,
-                     static_cast<uint32_t>(__float_as_int(acc[half][i])));
+                     static_cast<uint32_t>(__float_as_int(acc[0][half][i])));
     }
   }
   __syncthreads();  // the sums are written
@@ -655,6 +502,7 @@ struct Outer {
   Rows<const T> z;  // (T, D)
   int64_t size;     // D
   int rank_tiles, column_tiles, workers;
+  bool adds;       // to out
   float* out;      // (rows, D)
   float* partial;  // (workers, 2, G, D)
 };
@@ -702,7 +550,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 2 : 1) outer_kernel
   uint32_t* const h_tile = reinterpret_cast<uint32_t*>(dynamic_shared());
   uint32_t* const z_tile = h_tile + kTile * kNarrow;
   const int warp = threadIdx.x / 32, m = warp % kWarpRows * 16, n = warp / kWarpRows * (kColumns / 2);
-  float acc[8][4] = {};
+  float acc[1][8][4] = {};
 
   Piece<float> h_next[kHPasses];
   Piece<T> z_next[kZPasses];
@@ -762,8 +610,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 2 : 1) outer_kernel
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int64_t rank = first_rank + m + g + i / 2 * 8, column = first_column + n + half * 8 + 2 * t + i % 2;
-        if (rank < adapter.rank && column < s.size) to[rank * s.size + column] = acc[half][i];
-        acc[half][i] = 0;
+        float* const at = to + rank * s.size + column;
+        if (rank < adapter.rank && column < s.size) *at = whole && s.adds ? *at + acc[0][half][i] : acc[0][half][i];
+        acc[0][half][i] = 0;
       }
     }
   };
@@ -783,8 +632,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 2 : 1) outer_kernel
 constexpr int kRowsOfSum = 8;
 
 // Adds up what the workers left of adapters that several of them had, and writes the zeros of those that nobody has.
-__global__ void __launch_bounds__(kThreads) sum_workers_kernel(Plan plan, Adapters adapters, const float* partial,
-                                                               int64_t width, int64_t size, int workers, float* out) {
+__global__ void __launch_bounds__(kThreads)
+    sum_workers_kernel(Plan plan, Adapters adapters, const float* partial, int64_t width, int64_t size, int workers,
+                       bool adds, float* out) {
   const int64_t column_blocks = divide_up(size, kThreads), row_blocks = divide_up(width, kRowsOfSum);
   const int64_t column = blockIdx.x % column_blocks * kThreads + threadIdx.x;
   const int64_t first_rank = blockIdx.x / column_blocks % row_blocks * kRowsOfSum;
@@ -800,7 +650,8 @@ __global__ void __launch_bounds__(kThreads) sum_workers_kernel(Plan plan, Adapte
     for (int64_t w = first_worker; w <= last_worker; ++w) {
       sum += partial[(shares.slot(w, first) * width + rank) * size + column];
     }
-    out[(adapter.row + rank) * size + column] = sum;
+    float* const to = out + (adapter.row + rank) * size + column;
+    *to = adds ? *to + sum : sum;
   }
 }
 
@@ -867,23 +718,23 @@ inline int64_t outer_workspace(const Plan& plan, int64_t size, int64_t width, in
   return outer_workers(plan, size, width, multiprocessors) * 2 * width * size;
 }
 
-// Writes all rows of `out` that belong to an adapter.
+// Writes all rows of `out` that belong to an adapter or, if `adds`, adds to them.
 template <class T>
 cudaError_t outer(const Plan& plan, const Adapters& adapters, const Mask& mask, const float* h, int64_t width,
-                  Rows<const T> z, int64_t size, float* out, float* workspace, int multiprocessors,
+                  Rows<const T> z, int64_t size, bool adds, float* out, float* workspace, int multiprocessors,
                   cudaStream_t stream) {
   if (width * size * plan.adapters == 0) return cudaSuccess;
   const int column_tiles = static_cast<int>(divide_up(size, kColumns));
   const int rank_tiles = static_cast<int>(divide_up(width, kRanks));
   const int workers = outer_workers(plan, size, width, multiprocessors);
-  const Outer<T> s{plan, adapters, mask, h, width, z, size, rank_tiles, column_tiles, workers, out, workspace};
+  const Outer<T> s{plan, adapters, mask, h, width, z, size, rank_tiles, column_tiles, workers, adds, out, workspace};
   constexpr size_t shared_bytes = kTile * (pitch<T>(kRanks) + pitch<T>(kColumns)) * sizeof(uint32_t);
   const cudaError_t error = launch(outer_kernel<T>, static_cast<int64_t>(column_tiles) * rank_tiles * workers, kThreads,
                                    shared_bytes, stream, s);
   if (error != cudaSuccess) return error;
   const int64_t blocks = divide_up(size, kThreads) * divide_up(width, kRowsOfSum) * plan.adapters;
   return launch(sum_workers_kernel, blocks, kThreads, 0, stream, plan, adapters, static_cast<const float*>(workspace),
-                width, size, workers, out);
+                width, size, workers, adds, out);
 }
 
 }  // namespace lyra::multi_lora

@@ -13,10 +13,7 @@ namespace lyra::soft_dtw {
 struct Nothing {};
 
 template <class T>
-struct Cost {
-  const T* data;
-  int64_t batch, row;  // strides in elements; columns are adjacent
-};
+using Cost = Cells<const T>;
 
 // What forward keeps of a pair, each in the order of steps: a word for how a path comes into a cell, and, if rows may
 // be dropped, the share of the paths in row i that match it at j.

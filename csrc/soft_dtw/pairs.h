@@ -27,7 +27,7 @@ struct Problem {
   const int64_t* high;
   bool dropping;
 
-  int64_t strips() const { return columns > 0 ? (columns + kLanes - 1) / kLanes : 1; }
+  __host__ __device__ int64_t strips() const { return columns > 0 ? (columns + kLanes - 1) / kLanes : 1; }
 };
 
 template <class T>
@@ -44,14 +44,17 @@ __host__ __device__ __forceinline__ int64_t whole_blocks(int64_t steps) {
   return (steps + kSteps - 1) / kSteps * kSteps;
 }
 
-// At least as many as the steps of all strips of any pair, see Pair::pitch. A strip of an int band has at most
+// At least as many as all strips of any pair have in an int band, see Pair::row_pitch: each has at most
 // (reach + 32 down) / across + 4 rows, and at most n; there are across / 32 + 1 strips.
+inline int64_t band_rows_per_pair(const Problem& p) {
+  const int64_t width = 2 * smaller(p.band, p.columns) * p.rows;
+  return larger(width, p.rows + p.columns) / kLanes + 2 * p.rows + p.columns / 8 + 1;
+}
+
+// At least as many as the steps of all strips of any pair, see Pair::pitch.
 inline int64_t steps_per_pair(const Problem& p) {
   const int64_t dense = p.strips() * whole_blocks(p.rows + kTail);
-  if (p.band < 0) return dense;
-  const int64_t width = 2 * smaller(p.band, p.columns) * p.rows;
-  const int64_t rows = larger(width, p.rows + p.columns) / kLanes + 2 * p.rows + p.columns / 8 + 1;
-  return smaller(dense, rows + p.strips() * (kTail + kSteps - 1));
+  return p.band < 0 ? dense : smaller(dense, band_rows_per_pair(p) + p.strips() * (kTail + kSteps - 1));
 }
 
 struct Range {
@@ -97,6 +100,15 @@ class Pair {
     return {static_cast<int>(begin), static_cast<int>(smaller<int64_t>((at + reach_) / step + 1, n))};
   }
 
+  // Columns of a row, likewise.
+  __device__ Range columns_of_row(int i) const {
+    if (i >= n) return {0, 0};
+    if (all_) return {0, m};
+    const int64_t at = 2 * i * across_, low = at - reach_, step = 2 * down_;
+    const int64_t begin = low <= 0 ? 0 : (low + step - 1) / step;
+    return {static_cast<int>(begin), static_cast<int>(smaller<int64_t>((at + reach_) / step + 1, m))};
+  }
+
   __device__ __forceinline__ bool has_windows() const { return low_ != nullptr; }
   __device__ __forceinline__ bool in_window(int i, int j) const { return !low_ || (low_[i] <= j && j <= high_[i]); }
 
@@ -118,11 +130,12 @@ class Pair {
     return rows;
   }
 
-  // Steps of any strip, at most. `steps_per_pair` relies on this.
-  __device__ int64_t pitch() const {
-    const int64_t rows = all_ || low_ ? n : smaller<int64_t>(n, (reach_ + kLanes * down_) / across_ + 4);
-    return whole_blocks(rows + kTail);
+  // Rows of any strip, at most. `band_rows_per_pair` relies on this.
+  __device__ int64_t row_pitch() const {
+    return all_ || low_ ? n : smaller<int64_t>(n, (reach_ + kLanes * down_) / across_ + 4);
   }
+  // Steps of any strip, at most. `steps_per_pair` relies on this.
+  __device__ int64_t pitch() const { return whole_blocks(row_pitch() + kTail); }
 
  private:
   const int64_t* low_;
@@ -136,6 +149,39 @@ __device__ __forceinline__ bool lengths_in_range(const Problem& p, int64_t pair)
   const int64_t n = p.x_lengths[pair], m = p.y_lengths[pair];
   return n >= 1 && n <= p.rows && m >= 1 && m <= p.columns;
 }
+
+// A number for each cell, in memory: in the rows of a matrix (N, M), or strip by strip, 32 columns side by side; of
+// each strip all N rows, or those alone that the pair's int band has there.
+enum class Order { kMatrix, kStrips, kBand };
+
+template <class T>
+struct Cells {
+  T* data;
+  int64_t batch, row;  // strides in elements; columns are adjacent
+  Order order = Order::kMatrix;
+
+  // In strips, of the band alone where there is one.
+  static Cells strips(T* data, const Problem& p, bool band_alone) {
+    const Order order = band_alone && p.band >= 0 ? Order::kBand : Order::kStrips;
+    return {data, kLanes * rows_in_strips(p, order), kLanes, order};
+  }
+  static int64_t rows_in_strips(const Problem& p, Order order) {
+    const int64_t all = p.strips() * p.rows;
+    return order == Order::kBand ? smaller(all, band_rows_per_pair(p)) : all;
+  }
+
+  // Where row 0 of a strip's first column is; the others follow `row` apart.
+  __device__ int64_t place(const Problem& p, const Pair& pair, int64_t index, int s) const {
+    const int64_t own = index * batch;
+    if (order == Order::kMatrix) return own + s * kLanes;
+    if (order == Order::kStrips) return own + s * p.rows * kLanes;
+    return own + (s * pair.row_pitch() - pair.rows_of_strip(s).begin) * kLanes;
+  }
+  // Of a lane's column.
+  __device__ T* column(const Problem& p, const Pair& pair, int64_t index, int s, int lane) const {
+    return data + place(p, pair, index, s) + lane;
+  }
+};
 
 // Device memory that a call needs beside its tensors, all of it written by `prepare_kernel` before it is read:
 // a counter of tickets; a Survey per strip; a word per strip for sums over the strips; and the hand-over words, one

@@ -1,6 +1,8 @@
-// Soft-DTW on a GPU: checks, allocation and registration. The schema stands in soft_dtw.cpp, the kernels in
-// soft_dtw.cuh.
+// Soft-DTW on a GPU: checks, allocation and registration. The schemas stand in soft_dtw.cpp and features.cpp, the
+// kernels in soft_dtw.cuh and features.cuh.
 #include "soft_dtw.cuh"
+
+#include "features.cuh"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -8,6 +10,7 @@
 
 #include <cmath>
 #include <optional>
+#include <string>
 #include <tuple>
 
 #include "lyra/check.h"
@@ -156,7 +159,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_value, const Tens
   Tensor memory = new_bytes(kernels::workspace_bytes(problem, kernels::kBackwardWords), value);
   with_format(store_of(probs, value, problem), [&]<class Format>(Format) {
     using T = typename Format::Real;
-    const kernels::Gradients<T> gradients{grad_cost.mutable_data_ptr<T>(),
+    const kernels::Gradients<T> gradients{{grad_cost.mutable_data_ptr<T>(), rows * columns, columns},
                                           dropping ? grad_drop.mutable_data_ptr<T>() : nullptr,
                                           with_entropy ? entropy.mutable_data_ptr<T>() : nullptr};
     check_cuda(kernels::backward<Format>(problem, grad_value.const_data_ptr<T>(), grad_value.stride(0),
@@ -198,7 +201,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> curvature(const Tensor& grad_value, c
     const kernels::Direction<T> direction{{along.const_data_ptr<T>(), along.stride(0), along.stride(1)},
                                           checked_rows<T>("along_drop", along_drop, problem, value),
                                           own_along_gamma};
-    const kernels::Gradients<T> gradients{grad_cost.mutable_data_ptr<T>(),
+    const kernels::Gradients<T> gradients{{grad_cost.mutable_data_ptr<T>(), rows * columns, columns},
                                           dropping ? grad_drop.mutable_data_ptr<T>() : nullptr,
                                           grad_gamma.mutable_data_ptr<T>()};
     check_cuda(kernels::curvature<Format>(problem, own_gamma, direction, grad_value.const_data_ptr<T>(),
@@ -210,6 +213,130 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> curvature(const Tensor& grad_value, c
   return {slope, grad_cost, grad_drop, grad_gamma};
 }
 
+// --- from features
+
+template <class T>
+kernels::Tokens<T> tokens_of(const Tensor& t) {
+  return {static_cast<const T*>(t.const_data_ptr()), t.stride(0), t.stride(1)};
+}
+
+void check_tokens(const Tensor& x, const Tensor& y) {
+  check_shape("x", x, {kAny, kAny, kAny});
+  check_shape("y", y, {x.size(0), kAny, x.size(2)});
+  check_dtype("y", y, x.scalar_type());
+  check_same_device("y", y, x);
+}
+
+// Calls go(T, Kind) for the tokens' type and the cost.
+template <class Go>
+void with_kind(const Tensor& x, const std::string& cost, const Go& go) {
+  const auto with = [&](auto element) {
+    if (cost == "sqeuclidean") return go(element, kernels::Squared());
+    if (cost == "cosine") return go(element, kernels::Cosine());
+    if (cost == "contrastive") return go(element, kernels::Contrastive());
+    fail("cost: got ", cost, ", expected sqeuclidean, cosine or contrastive");
+  };
+  if (x.scalar_type() == ScalarType::Float) return with(float{});
+  if (x.scalar_type() == ScalarType::BFloat16) return with(Bf16{});
+  if (x.scalar_type() == ScalarType::Half) return with(Half{});
+  fail("x: got dtype ", torch::headeronly::toString(x.scalar_type()), ", expected float32, bfloat16 or float16");
+}
+
+Tensor new_floats(std::initializer_list<int64_t> shape, const Tensor& as) {
+  return torch::stable::new_empty(as, shape, ScalarType::Float);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> features_forward(const Tensor& given_x, const Tensor& given_y,
+                                                            const Tensor& x_lengths, const Tensor& y_lengths,
+                                                            const std::string& cost, double temperature, double gamma,
+                                                            const Maybe& gammas, int64_t band, const Maybe& low,
+                                                            const Maybe& high, const Maybe& drop, int64_t store) {
+  check_tokens(given_x, given_y);
+  check(store == 0 || store == 16 || store == 8, "store: got ", store, ", expected 0, 8 or 16");
+  const StreamGuard guard(given_x);
+  const Tensor x = with_columns_adjacent(given_x), y = with_columns_adjacent(given_y);
+  const int64_t batch = x.size(0), rows = x.size(1), columns = y.size(1);
+  const kernels::Problem problem =
+      checked_problem(x, batch, rows, columns, x_lengths, y_lengths, band, low, high, drop.has_value());
+  const kernels::Gamma own_gamma = checked_gamma("gamma", gamma, gammas, x);
+  Tensor value = new_floats({batch}, x), costs = value, norms = value;
+  Tensor probs = value;
+  Tensor memory = new_bytes(kernels::workspace_bytes(problem, kernels::forward_words(problem)), x);
+  with_kind(x, cost, [&]<class T, class Kind>(T, Kind) {
+    constexpr bool is_cosine = kernels::is<Kind, kernels::Cosine>;
+    costs = new_floats({batch, kernels::cells_per_pair<Kind>(problem)}, x);
+    norms = new_floats({batch, is_cosine ? rows + columns : 0}, x);
+    check_cuda(kernels::pair_cost<T, Kind>(problem, tokens_of<T>(x), tokens_of<T>(y), x.size(2),
+                                           static_cast<float>(1 / temperature), costs.mutable_data_ptr<float>(),
+                                           norms.mutable_data_ptr<float>(), guard.stream()),
+               "soft_dtw_features_forward");
+    with_format(store, [&]<class Format>(Format) {
+      if constexpr (sizeof(typename Format::Real) == 4) {
+        const int64_t bytes = store == 0 ? 0 : kernels::probs_bytes<Format>(problem);
+        probs = torch::stable::new_empty(x, {batch, bytes}, ScalarType::Byte);
+        check_cuda(kernels::forward<Format>(
+                       problem, own_gamma, kernels::cells_of<Kind>(problem, costs.const_data_ptr<float>()),
+                       checked_rows<float>("drop", drop, problem, value), value.mutable_data_ptr<float>(),
+                       bytes ? probs.mutable_data_ptr<uint8_t>() : nullptr, memory.mutable_data_ptr(), guard.stream()),
+                   "soft_dtw_features_forward");
+      }
+    });
+    // Work that is under way still has the memory: the allocator gives it to later work of this stream alone.
+    if (store == 0 || kernels::is<Kind, kernels::Squared>) costs = new_floats({batch, 0}, x);
+  });
+  return {value, probs, costs, norms};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> features_backward(
+    const Tensor& grad_value, const Tensor& value, const Tensor& probs, const Tensor& costs, const Tensor& norms,
+    const Tensor& given_x, const Tensor& given_y, const Tensor& x_lengths, const Tensor& y_lengths,
+    const std::string& cost, double temperature, int64_t band, const Maybe& low, const Maybe& high, bool dropping,
+    bool with_entropy, bool of_x, bool of_y) {
+  check_tokens(given_x, given_y);
+  const StreamGuard guard(given_x);
+  const Tensor x = with_columns_adjacent(given_x), y = with_columns_adjacent(given_y);
+  const int64_t batch = x.size(0), rows = x.size(1), columns = y.size(1), size = x.size(2);
+  check_dtype("value", value, ScalarType::Float);
+  check_same_device("value", value, x);
+  check_values(grad_value, value, batch);
+  const kernels::Problem problem =
+      checked_problem(x, batch, rows, columns, x_lengths, y_lengths, band, low, high, dropping);
+  Tensor grad_x = torch::stable::new_empty(x, {of_x ? batch : 0, rows, size});
+  Tensor grad_y = torch::stable::new_empty(y, {of_y ? batch : 0, columns, size});
+  Tensor grad_drop = dropping ? new_floats({batch, rows}, x) : new_floats({0}, x);
+  Tensor entropy = new_floats({with_entropy ? batch : 0}, x);
+  Tensor memory = new_bytes(kernels::workspace_bytes(problem, kernels::kBackwardWords), x);
+  with_kind(x, cost, [&]<class T, class Kind>(T, Kind) {
+    constexpr bool is_cosine = kernels::is<Kind, kernels::Cosine>;
+    const int64_t per_pair = kernels::cells_per_pair<Kind>(problem);
+    check_on("costs", costs, {batch, kernels::is<Kind, kernels::Squared> ? 0 : per_pair}, ScalarType::Float, x);
+    check_on("norms", norms, {batch, is_cosine ? rows + columns : 0}, ScalarType::Float, x);
+    Tensor cells = new_floats({batch, per_pair}, x);
+    Tensor self = new_floats({batch, kernels::is<Kind, kernels::Contrastive> ? 0 : rows + columns}, x);
+    // The expected alignment itself: in parts of 16 bits its size must not hang on that of grad_value.
+    with_format(store_of(probs, value, problem), [&]<class Format>(Format) {
+      if constexpr (sizeof(typename Format::Real) == 4) {
+        const kernels::Gradients<float> gradients{kernels::cells_of<Kind>(problem, cells.mutable_data_ptr<float>()),
+                                                  dropping ? grad_drop.mutable_data_ptr<float>() : nullptr,
+                                                  with_entropy ? entropy.mutable_data_ptr<float>() : nullptr};
+        check_cuda(kernels::backward<Format>(problem, nullptr, 0, value.const_data_ptr<float>(),
+                                             probs.const_data_ptr<uint8_t>(), gradients, memory.mutable_data_ptr(),
+                                             guard.stream()),
+                   "soft_dtw_features_backward");
+      }
+    });
+    if (!of_x && !of_y) return;
+    check_cuda(kernels::tokens_gradient<T, Kind>(
+                   problem, tokens_of<T>(x), tokens_of<T>(y), size, static_cast<float>(1 / temperature),
+                   costs.const_data_ptr<float>(), norms.const_data_ptr<float>(), value.const_data_ptr<float>(),
+                   grad_value.const_data_ptr<float>(), grad_value.stride(0), cells.mutable_data_ptr<float>(),
+                   self.mutable_data_ptr<float>(), of_x ? static_cast<T*>(grad_x.mutable_data_ptr()) : nullptr,
+                   of_y ? static_cast<T*>(grad_y.mutable_data_ptr()) : nullptr, guard.stream()),
+               "soft_dtw_features_backward");
+  });
+  return {grad_x, grad_y, grad_drop, entropy};
+}
+
 }  // namespace
 }  // namespace lyra
 
@@ -217,4 +344,6 @@ STABLE_TORCH_LIBRARY_IMPL(lyra, CUDA, m) {
   m.impl("soft_dtw_forward", TORCH_BOX(&lyra::forward));
   m.impl("soft_dtw_backward", TORCH_BOX(&lyra::backward));
   m.impl("soft_dtw_curvature", TORCH_BOX(&lyra::curvature));
+  m.impl("soft_dtw_features_forward", TORCH_BOX(&lyra::features_forward));
+  m.impl("soft_dtw_features_backward", TORCH_BOX(&lyra::features_backward));
 }

@@ -43,25 +43,25 @@
 //   budget sm_80: forward_kernel<lyra::soft_dtw::Bits16, false, true> 128
 //   budget sm_80: forward_kernel<lyra::soft_dtw::Bits16, true, false> 96
 //   budget sm_80: backward_kernel<lyra::soft_dtw::Bits16, false, false> 104
-//   budget sm_80: backward_kernel<lyra::soft_dtw::Bits16, false, true> 104
+//   budget sm_80: backward_kernel<lyra::soft_dtw::Bits16, false, true> 112
 //   budget sm_80: backward_kernel<lyra::soft_dtw::Bits16, true, false> 144
 //   budget sm_80: forward_kernel<lyra::soft_dtw::Exact, false, true> 160
 //   budget sm_80: backward_kernel<lyra::soft_dtw::Exact, true, true> 200
 //   budget sm_80: tangent_kernel<lyra::soft_dtw::Exact, true> 216
-//   budget sm_80: curvature_kernel<lyra::soft_dtw::Bits16, true> 136
-//   budget sm_80: curvature_kernel<lyra::soft_dtw::Exact, true> 224
+//   budget sm_80: curvature_kernel<lyra::soft_dtw::Bits16, true> 144
+//   budget sm_80: curvature_kernel<lyra::soft_dtw::Exact, true> 232
 //   budget sm_90a: prepare_kernel<float> 48
 //   budget sm_90a: forward_kernel<lyra::soft_dtw::Bits16, false, false> 120
 //   budget sm_90a: forward_kernel<lyra::soft_dtw::Bits16, false, true> 136
-//   budget sm_90a: forward_kernel<lyra::soft_dtw::Bits16, true, false> 104
+//   budget sm_90a: forward_kernel<lyra::soft_dtw::Bits16, true, false> 112
 //   budget sm_90a: backward_kernel<lyra::soft_dtw::Bits16, false, false> 112
 //   budget sm_90a: backward_kernel<lyra::soft_dtw::Bits16, false, true> 112
-//   budget sm_90a: backward_kernel<lyra::soft_dtw::Bits16, true, false> 152
+//   budget sm_90a: backward_kernel<lyra::soft_dtw::Bits16, true, false> 160
 //   budget sm_90a: forward_kernel<lyra::soft_dtw::Exact, false, true> 160
-//   budget sm_90a: backward_kernel<lyra::soft_dtw::Exact, true, true> 200
+//   budget sm_90a: backward_kernel<lyra::soft_dtw::Exact, true, true> 208
 //   budget sm_90a: tangent_kernel<lyra::soft_dtw::Exact, true> 224
-//   budget sm_90a: curvature_kernel<lyra::soft_dtw::Bits16, true> 136
-//   budget sm_90a: curvature_kernel<lyra::soft_dtw::Exact, true> 224
+//   budget sm_90a: curvature_kernel<lyra::soft_dtw::Bits16, true> 152
+//   budget sm_90a: curvature_kernel<lyra::soft_dtw::Exact, true> 232
 #pragma once
 
 #include <cstdint>
@@ -133,13 +133,14 @@ __global__ void __launch_bounds__(kSurveyWarps* kLanes)
     if (c != static_cast<T>(INFINITY) && fabs(power) > narrow) is_wide = true;
   };
   int first = INT32_MAX, end = 0;
+  const T* const own_cost = cost.column(problem, pair, pair_index, s, lane);
   if (problem.low || cost.data) {
 #pragma unroll 4
     for (int i = warp; i < pair.n; i += kSurveyWarps) {
       if (!rows.holds(i) || !pair.in_window(i, column)) continue;
       first = smaller(first, i);
       end = larger(end, i + 1);
-      if (cost.data) look_at(cost.data[pair_index * cost.batch + i * cost.row + column]);
+      if (cost.data) look_at(own_cost[i * cost.row]);
     }
     if (drop && s == 0) {
       for (int i = threadIdx.x; i < pair.n; i += blockDim.x) look_at(drop[pair_index * problem.rows + i]);
@@ -218,7 +219,7 @@ __global__ void __launch_bounds__(kLanes, kBlocksPerSM)
 
   const Strip strip(pair, task.strip);
   const Kept<Format, kDrop> kept(probs, task.pair, workspace.steps);
-  const T* const own_cost = cost.data + task.pair * cost.batch + strip.column;
+  const T* const own_cost = cost.column(problem, pair, task.pair, strip.index, threadIdx.x);
   const T* const own_drop = kDrop ? drop + task.pair * problem.rows : nullptr;
   uint64_t* const slots = workspace.slots(task.pair);
   if constexpr (kHard) {
@@ -240,20 +241,22 @@ __global__ void __launch_bounds__(kLanes, kBlocksPerSM)
   }
 }
 
-// Fills the strip's columns of a pair that is not swept.
+// Fills the strip's columns, in a matrix, of a pair that is not swept. In strips, who reads them knows.
 template <class T>
-__device__ void fill_columns(const Problem& problem, const Pair& pair, int column, T* cells, T inside) {
-  if (column >= problem.columns) return;
+__device__ void fill_columns(const Problem& problem, const Pair& pair, int column, const Cells<T>& all,
+                             int64_t pair_index, T inside) {
+  if (column >= problem.columns || all.order != Order::kMatrix) return;
+  T* const cells = all.data + pair_index * all.batch;
   const Range rows = pair.rows_of_column(column);
   for (int i = 0; i < problem.rows; ++i) {
-    cells[i * problem.columns + column] = rows.holds(i) && pair.in_window(i, column) ? inside : T(0);
+    cells[i * all.row + column] = rows.holds(i) && pair.in_window(i, column) ? inside : T(0);
   }
 }
 
 // What the kernels that go up give back of a pair; `entropy` may be null, `grad_drop` is null without dropping.
 template <class T>
 struct Gradients {
-  T* cost;
+  Cells<T> cost;
   T* drop;
   T* entropy;
 
@@ -262,7 +265,6 @@ struct Gradients {
   __device__ bool begin(const Problem& problem, const Task& task, T value, const Survey* surveys) {
     const int column = task.strip * kLanes + static_cast<int>(threadIdx.x);
     const bool possible = lengths_in_range(problem, task.pair);
-    cost += task.pair * problem.rows * problem.columns;
     if (drop) drop += task.pair * problem.rows;
     if (entropy) entropy += task.pair;
     const bool swept = possible && fabs(value) < static_cast<T>(INFINITY);
@@ -276,9 +278,10 @@ struct Gradients {
     }
     if (swept) return true;
     if (possible) {
-      fill_columns(problem, Pair(problem, task.pair, surveys), column, cost, inside);
-    } else if (column < problem.columns) {
-      for (int64_t i = 0; i < problem.rows; ++i) cost[i * problem.columns + column] = inside;
+      fill_columns(problem, Pair(problem, task.pair, surveys), column, cost, task.pair, inside);
+    } else if (column < problem.columns && cost.order == Order::kMatrix) {
+      T* const cells = cost.data + task.pair * cost.batch + column;
+      for (int64_t i = 0; i < problem.rows; ++i) cells[i * cost.row] = inside;
     }
     return false;
   }
@@ -286,19 +289,19 @@ struct Gradients {
 
 // The strips of a pair that lie in padding alone.
 template <class T>
-__device__ bool in_padding(const Problem& problem, const Pair& pair, const Task& task, T* cells) {
+__device__ bool in_padding(const Problem& problem, const Pair& pair, const Task& task, const Cells<T>& cells) {
   if (task.strip < pair.strips) return false;
-  fill_columns(problem, pair, task.strip * kLanes + static_cast<int>(threadIdx.x), cells, T(0));
+  fill_columns(problem, pair, task.strip * kLanes + static_cast<int>(threadIdx.x), cells, task.pair, T(0));
   return true;
 }
 
 template <class Cell, class T>
 __device__ __forceinline__ double run_up(Cell& cell, const Problem& problem, const Pair& pair, const Strip& strip,
-                                         const Task& task, const Workspace& workspace, bool summed) {
+                                         const Task& task, const Cells<T>& cells, const Workspace& workspace,
+                                         bool summed) {
   const int64_t words = pair.pitch() * Cell::Message::kWords;
   uint64_t* const slots = workspace.slots(task.pair);
-  sweep_up(cell, pair, strip, problem.rows, problem.columns, slots + (strip.index + 1) * words,
-           slots + strip.index * words);
+  sweep_up(cell, pair, strip, problem, cells, slots + (strip.index + 1) * words, slots + strip.index * words);
   if (!summed) return 0;
   uint64_t* const sums = workspace.sums(task.pair);
   return sum_over_strips(cell.entropy, strip.index + 1 < pair.strips ? sums + strip.index + 1 : nullptr,
@@ -317,11 +320,11 @@ __global__ void __launch_bounds__(kLanes, kBlocksPerSM)
   if (in_padding(problem, pair, task, gradients.cost)) return;
   const Strip strip(pair, task.strip);
   Backward<Format, kDrop, kEntropy> cell{{probs, task.pair, workspace.steps},
-                                         gradients.cost + strip.column,
-                                         grad_value[task.pair * grad_stride],
+                                         gradients.cost.column(problem, pair, task.pair, strip.index, threadIdx.x),
+                                         grad_value ? grad_value[task.pair * grad_stride] : T(1),
                                          gradients.drop,
                                          strip};
-  const double entropy = run_up<decltype(cell), T>(cell, problem, pair, strip, task, workspace, kEntropy);
+  const double entropy = run_up(cell, problem, pair, strip, task, gradients.cost, workspace, kEntropy);
   if (kEntropy && strip.index == 0 && threadIdx.x == 0) *gradients.entropy = static_cast<T>(entropy);
 }
 
@@ -353,7 +356,7 @@ __global__ void __launch_bounds__(kLanes, kBlocksPerSM)
   const double own_gamma = gamma.of(task.pair);
   Tangent<Format, kDrop> cell{{probs, task.pair, workspace.steps},
                               turns + task.pair * workspace.steps * kLanes,
-                              along.cost.data + task.pair * along.cost.batch + strip.column,
+                              along.cost.column(problem, pair, task.pair, strip.index, threadIdx.x),
                               along.cost.row,
                               along.drop ? along.drop + task.pair * problem.rows : nullptr,
                               along.gamma.floats    ? along.gamma.floats[task.pair]
@@ -383,11 +386,11 @@ __global__ void __launch_bounds__(kLanes, kBlocksPerSM)
   const T grad = grad_value[task.pair * grad_stride];
   Curvature<Format, kDrop> cell{{probs, task.pair, workspace.steps},
                                 turns + task.pair * workspace.steps * kLanes,
-                                gradients.cost + strip.column,
+                                gradients.cost.column(problem, pair, task.pair, strip.index, threadIdx.x),
                                 grad,
                                 gradients.drop,
                                 strip};
-  const double entropy = run_up<decltype(cell), T>(cell, problem, pair, strip, task, workspace, true);
+  const double entropy = run_up(cell, problem, pair, strip, task, gradients.cost, workspace, true);
   if (strip.index == 0 && threadIdx.x == 0) *gradients.entropy = static_cast<T>(-grad * entropy);
 }
 
@@ -459,7 +462,7 @@ cudaError_t forward(const Problem& problem, const Gamma& gamma, const Cost<typen
   });
 }
 
-// `grad_drop` (B,N) if problem.dropping; `entropy` (B) or null.
+// `grad_value` (B), or null: ones; `grad_drop` (B,N) if problem.dropping; `entropy` (B) or null.
 template <class Format>
 cudaError_t backward(const Problem& problem, const typename Format::Real* grad_value, int64_t grad_stride,
                      const typename Format::Real* value, const unsigned char* probs,

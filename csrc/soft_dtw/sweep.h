@@ -213,9 +213,10 @@ constexpr size_t shared_bytes_down() {
 //   Message               to the left neighbour; closed() is "nothing", origin() enters diagonally at (n-1, m-1)
 //   step                  one cell; returns what is stored, times `grad`, in `cells` (rows, columns) of this lane's
 //   column leave(i, message, at) what leaves the strip to the left, if `at`
+// Of a matrix all N rows of the strip's columns are written, else those that the strip runs through.
 template <class Cell>
-__device__ void sweep_up(Cell& cell, const Pair& pair, const Strip& strip, int64_t rows, int64_t columns,
-                         const uint64_t* inbox, uint64_t* outbox) {
+__device__ void sweep_up(Cell& cell, const Pair& pair, const Strip& strip, const Problem& problem,
+                         const Cells<typename Cell::Out>& cells, const uint64_t* inbox, uint64_t* outbox) {
   using Out = typename Cell::Out;
   using Message = typename Cell::Message;
   using Stored = typename Cell::Stored;
@@ -224,7 +225,7 @@ __device__ void sweep_up(Cell& cell, const Pair& pair, const Strip& strip, int64
   Message* const box = reinterpret_cast<Message*>(dynamic_shared());  // of this block's rows, for the last lane
   Out* const line = reinterpret_cast<Out*>(box + kBlock);
   const Range mine_rows = pair.rows_of_column(strip.column);
-  const bool exists = strip.column < columns;
+  const bool exists = strip.column < problem.columns;
   const Range stored_rows = exists ? strip.rows : Range{0, 0};
 
   const auto fetch = [&](int u) { return u >= 0 ? cell.fetch(strip.place(u)) : Stored{}; };
@@ -265,9 +266,9 @@ __device__ void sweep_up(Cell& cell, const Pair& pair, const Strip& strip, int64
       for (int w = 0; w < Message::kWords; ++w) post(out - k * Message::kWords + w, sent.word[w], wanted);
     }
     // The first lane, the last to be there, has just been through these rows.
-    Out* to = cell.cells + (begin + u) * columns;
+    Out* to = cell.cells + (begin + u) * cells.row;
 #pragma unroll
-    for (int k = 0; k < kBlock; ++k, to -= columns) {
+    for (int k = 0; k < kBlock; ++k, to -= cells.row) {
       const int row = begin + u - k;
       bool inside = mine_rows.holds(row);
       if (pair.has_windows() && inside) inside = pair.in_window(row, strip.column);
@@ -277,10 +278,10 @@ __device__ void sweep_up(Cell& cell, const Pair& pair, const Strip& strip, int64
     for (int k = 0; k < kBlock; ++k) stored[k] = next_stored[k];
     __syncwarp();
   }
-  if (!exists) return;
+  if (!exists || cells.order != Order::kMatrix) return;
   const Range done = strip.steps > 0 ? strip.rows : Range{0, 0};
-  for (int64_t row = 0; row < done.begin; ++row) cell.cells[row * columns] = Out(0);
-  for (int64_t row = done.end; row < rows; ++row) cell.cells[row * columns] = Out(0);
+  for (int64_t row = 0; row < done.begin; ++row) cell.cells[row * cells.row] = Out(0);
+  for (int64_t row = done.end; row < problem.rows; ++row) cell.cells[row * cells.row] = Out(0);
 }
 
 template <class Cell>

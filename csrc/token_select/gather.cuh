@@ -39,7 +39,7 @@ struct Rows {
   int64_t planes, heads, row_bytes;  // P, H, R
   int64_t plane_stride, sample_stride, token_stride, head_stride;
   int64_t fill[2];  // the bytes of 16 / element size elements
-  // Set by the launcher: bytes of a vector, how many there are, and the first block that is at work here.
+  // Set by `cut`: bytes of a vector, how many there are in a part, and the first block that is at work here.
   int64_t width, vectors, first_block;
 };
 
@@ -56,59 +56,78 @@ struct alignas(16) Vector16 {
   int64_t half[2];
 };
 
-template <class Vector>
-__device__ void move(const Table& table, const Rows& rows, int64_t block) {
+// Columns of the output, out of the out_batch * out_length.
+struct Columns {
+  uint32_t first, count;
+};
+
+// By a block: its share of a tensor's columns. place(i): what index holds for the i-th of them.
+template <class Vector, class Place>
+__device__ void move(const Table& table, const Rows& rows, int64_t block, Columns columns, const Place& place) {
   const int64_t all = rows.vectors, begin = block * (kGatherThreads * kVectors);
   const uint32_t per_row = static_cast<uint32_t>(rows.row_bytes / static_cast<int64_t>(sizeof(Vector)));
   const uint32_t heads = static_cast<uint32_t>(rows.heads), length = static_cast<uint32_t>(table.length);
   const uint32_t out_length = static_cast<uint32_t>(table.out_length);
-  const uint32_t columns = static_cast<uint32_t>(table.out_batch) * out_length;
+  const uint32_t others = static_cast<uint32_t>(table.out_batch) * out_length - columns.count;
   // Numbers of rows fit 32 bits, numbers of vectors need not.
   const uint32_t first_row = static_cast<uint32_t>(begin / per_row);
   const uint32_t rest = static_cast<uint32_t>(begin - int64_t{first_row} * per_row);
   Vector taken[kVectors];
+  Vector* to[kVectors];
 #pragma unroll
   for (int k = 0; k < kVectors; ++k) {
     const uint32_t past = rest + k * kGatherThreads + threadIdx.x, down = past / per_row,
                    vector = past - down * per_row;
     const uint32_t row = first_row + down, token = row / heads, head = row - token * heads;
-    const uint32_t plane = token / columns, column = token - plane * columns;
+    const uint32_t plane = token / columns.count, column = token - plane * columns.count;
+    const int64_t at = begin + k * kGatherThreads + threadIdx.x;
+    // Of each plane, other blocks write the columns in front of these and behind.
+    to[k] = reinterpret_cast<Vector*>(rows.to) + at + int64_t{plane * others + columns.first} * heads * per_row;
     std::memcpy(&taken[k], rows.fill, sizeof(Vector));
-    if (begin + k * kGatherThreads + threadIdx.x >= all) continue;
-    const int64_t index = table.index[column];
+    if (at >= all) {
+      to[k] = nullptr;
+      continue;
+    }
+    const int64_t index = place(column);
     const int64_t last = table.flat ? table.batch * table.length : table.length;
     if (index < 0 || index >= last) continue;
     const uint32_t known = static_cast<uint32_t>(index);
-    const uint32_t sample = table.flat ? known / length : column / out_length;
-    const uint32_t place = table.flat ? known - sample * length : known;
+    const uint32_t sample = table.flat ? known / length : (columns.first + column) / out_length;
+    const uint32_t token_of = table.flat ? known - sample * length : known;
     taken[k] = *reinterpret_cast<const Vector*>(rows.from + plane * rows.plane_stride + sample * rows.sample_stride +
-                                                place * rows.token_stride + head * rows.head_stride +
+                                                token_of * rows.token_stride + head * rows.head_stride +
                                                 vector * static_cast<int64_t>(sizeof(Vector)));
   }
 #pragma unroll
   for (int k = 0; k < kVectors; ++k) {
-    const int64_t at = begin + k * kGatherThreads + threadIdx.x;
-    if (at < all) reinterpret_cast<Vector*>(rows.to)[at] = taken[k];
+    if (to[k]) *to[k] = taken[k];
+  }
+}
+
+// Block `block` of those that work on the table.
+template <class Place>
+__device__ void move(const Table& table, int64_t block, Columns columns, const Place& place) {
+  int i = 0;
+  while (i + 1 < table.count && table.tensors[i + 1].first_block <= block) ++i;
+  const Rows& rows = table.tensors[i];
+  block -= rows.first_block;
+  switch (rows.width) {
+    case 16:
+      return move<Vector16>(table, rows, block, columns, place);
+    case 8:
+      return move<int64_t>(table, rows, block, columns, place);
+    case 4:
+      return move<int32_t>(table, rows, block, columns, place);
+    case 2:
+      return move<int16_t>(table, rows, block, columns, place);
+    default:
+      return move<int8_t>(table, rows, block, columns, place);
   }
 }
 
 __global__ void __launch_bounds__(kGatherThreads) gather_kernel(const __grid_constant__ Table table) {
-  int i = 0;
-  while (i + 1 < table.count && table.tensors[i + 1].first_block <= blockIdx.x) ++i;
-  const Rows& rows = table.tensors[i];
-  const int64_t block = blockIdx.x - rows.first_block;
-  switch (rows.width) {
-    case 16:
-      return move<Vector16>(table, rows, block);
-    case 8:
-      return move<int64_t>(table, rows, block);
-    case 4:
-      return move<int32_t>(table, rows, block);
-    case 2:
-      return move<int16_t>(table, rows, block);
-    default:
-      return move<int8_t>(table, rows, block);
-  }
+  const Columns all{0, static_cast<uint32_t>(table.out_batch * table.out_length)};
+  move(table, blockIdx.x, all, [&](uint32_t column) { return table.index[column]; });
 }
 
 // The most bytes that can be moved at once.
@@ -120,21 +139,27 @@ inline int64_t vector_width(const Rows& r) {
   return width;
 }
 
-// Tensors without elements must not be in the table; rows, columns and tokens must number less than 2^31 in all.
-inline cudaError_t gather(Table table, cudaStream_t stream) {
+// Cuts the tensors of `parts` equal numbers of columns into the work of blocks; how many such blocks a part takes, or
+// -1 where numbers do not fit. Tensors without elements must not be in the table.
+inline int64_t cut(Table& table, int64_t parts) {
   int64_t blocks = 0;
   for (int i = 0; i < table.count; ++i) {
     Rows& rows = table.tensors[i];
     rows.width = vector_width(rows);
     rows.first_block = blocks;
     const int64_t all_rows = rows.planes * table.out_batch * table.out_length * rows.heads;
-    if (all_rows > INT32_MAX || rows.row_bytes > INT32_MAX) return cudaErrorInvalidValue;
-    rows.vectors = all_rows * (rows.row_bytes / rows.width);
+    if (all_rows > INT32_MAX || rows.row_bytes > INT32_MAX) return -1;
+    rows.vectors = all_rows / parts * (rows.row_bytes / rows.width);
     blocks += (rows.vectors + kGatherThreads * kVectors - 1) / (kGatherThreads * kVectors);
   }
-  if (blocks == 0) return cudaSuccess;
-  if (blocks > INT32_MAX || table.batch * table.length > INT32_MAX) return cudaErrorInvalidValue;
-  return launch(gather_kernel, blocks, kGatherThreads, 0, stream, table);
+  return blocks > INT32_MAX || table.batch * table.length > INT32_MAX ? -1 : blocks;
+}
+
+// Rows, columns and tokens must number less than 2^31 in all.
+inline cudaError_t gather(Table table, cudaStream_t stream) {
+  const int64_t blocks = cut(table, 1);
+  if (blocks < 0) return cudaErrorInvalidValue;
+  return blocks == 0 ? cudaSuccess : launch(gather_kernel, blocks, kGatherThreads, 0, stream, table);
 }
 
 }  // namespace lyra::token_select

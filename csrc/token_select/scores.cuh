@@ -6,48 +6,54 @@
 // All in units of log 2, so that powers are powers of two.
 //
 // Shapes. query (B,Hq,Lq,D), key (B,Hkv,L,D), any strides; packed, query (1,Hq,Tq,D), key (1,Hkv,Tk,D) and cu_seqlens.
-// query_mask, key_limits (B,Lq); key_mask, key_bias (B,L); head_weights (B,Hq); lse (B,Hq,Lq) double. planes (B,P,L),
-// which must hold zeros: the scores per key head, P = Hkv, or per query head; `sum_planes` adds up the former. A row
-// counts if its mask says so and it sees a real key; a key is real if its mask says so and its bias is not -inf. A row
-// sees the real keys before its limit, and, causal, up to its own place.
+// query_mask, key_limits (B,Lq); key_mask, key_bias (B,L); head_weights (B,Hq); lse (B,Hq,Lq) double or float. planes
+// (B,P,L), zeros before (or, short, anything): the scores per key head, P = Hkv, or per query head; `sum_planes` adds
+// up the former. A row counts if its mask says so and it sees a real key; a key is real if its mask says so and its
+// bias is not -inf. A row sees the real keys before its limit, and, causal, up to its own place.
 //
 // Plan. `survey_kernel` (not where nothing is masked) lists the rows that count and the keys that are real. All later
-// work is cut in that order, into blocks of constant sizes, and sums run in fixed orders without atomics: a sample gets
-// the same bits alone and in any batch, wherever its padding stands. The G query heads of a key head are packed into
-// one list of rows. Both passes hold 128 rows of one operand in registers (64 where a row is longer than 256 bytes) and
-// stream the other through shared memory in tiles of 64, 4 warps, m16n8k16 products with float32 sums:
-//   norms_kernel   holds query rows, streams kSplitKeys keys; per row the largest logit and the sum of powers so far
+// work is cut in that order, into blocks whose size the sample's own numbers say, and sums run in fixed orders without
+// atomics: a sample gets the same bits alone and in any batch, wherever its padding stands. The G query heads of a key
+// head are packed into one list of rows. Both passes hold 128 rows of one operand in registers (64 where a row is
+// longer than 256 bytes) and stream the other through shared memory in tiles of 64, the next of which is copied
+// (cp.async) while one is used, 4 warps, m16n8k16 products with float32 sums:
+//   norms_kernel   holds query rows, streams a split of the keys; per row the largest logit and the sum of powers
 //   merge_kernel   those of all splits to lse, and weight / (rows sum)
 //   shares_kernel  holds keys, streams all rows; each lane adds up its keys' shares over the rows
+// Short samples (kShortKeys) take two launches: the blocks of norms_kernel survey for themselves and clear the planes,
+// those of shares_kernel merge the few splits of each row as they load it.
 // 16-bit inputs go to the tensor cores; float32 keeps its precision in fused multiply-adds, on values that the lanes
 // hand each other (about five times slower than those could go).
 //
 // FLOPs: 4 Lq Hq L D, half of it with lse; bytes: K read twice, 2 L Hkv D 2, parts and planes about 60 Hkv L / 4.
 // Floor, H100 (3.0 TB/s, 800 TFLOP/s), 28/4 heads, D = 128, Lq = 64, L = 131072: 2 x 75 us by products, 2 x 63 us by
-// exp2 (16 per clock and SM), 2 x 45 us by K. This path cannot reach it: mma.sync gives about 60 % of that rate and
-// loads do not overlap products within a block;
-// the loop over 16 streamed rows takes 169 instructions (sm_90a) for 32 products and 512 scores. Estimated, not yet
-// timed: 350 us, 175 us with lse; L = 576 15 us. Launches: 4, 3 with lse, one more to survey, one to add up the planes.
+// exp2 (16 per clock and SM), 2 x 45 us by K. This path cannot reach it: mma.sync gives about 60 % of that rate.
+// Instructions of the loops over 16 streamed rows (sm_90a, cuobjdump): norms_kernel 200, shares_kernel 166, of which 32
+// products, 20 and 16 powers, 8 ldmatrix, for 512 scores. At one per clock and scheduler (1.755 GHz) that is 99 and 82
+// us; around them each tile of 64 costs its block the addresses of the next. Estimated, not yet timed: 280 us, 130 us
+// with lse; L = 576 10 us. Launches: 2 if short; else 3, 2 with lse, one more to clear the planes and one to survey.
+// `sum_planes` is one more.
 //
 // Registers per thread, at most, spills none (tests/test_compile_budget.py reads these lines):
 //   budget sm_80: norms_kernel<lyra::Bf16, 32> 128, shares_kernel<lyra::Bf16, 32> 128
 //   budget sm_80: norms_kernel<lyra::Bf16, 64> 168, shares_kernel<lyra::Bf16, 64> 168
-//   budget sm_80: norms_kernel<lyra::Bf16, 128> 128, shares_kernel<lyra::Bf16, 128> 128
+//   budget sm_80: norms_kernel<lyra::Bf16, 128> 168, shares_kernel<lyra::Bf16, 128> 168
 //   budget sm_80: norms_kernel<lyra::Half, 64> 168, shares_kernel<lyra::Half, 64> 168
-//   budget sm_80: norms_kernel<float, 64> 248, shares_kernel<float, 64> 248
+//   budget sm_80: norms_kernel<float, 64> 255, shares_kernel<float, 64> 255
 //   budget sm_80: norms_kernel<float, 128> 168, shares_kernel<float, 128> 168
 //   budget sm_80: survey_kernel 64, merge_kernel 64, sum_kernel 32
 //   budget sm_90a: norms_kernel<lyra::Bf16, 32> 128, shares_kernel<lyra::Bf16, 32> 128
 //   budget sm_90a: norms_kernel<lyra::Bf16, 64> 168, shares_kernel<lyra::Bf16, 64> 168
-//   budget sm_90a: norms_kernel<lyra::Bf16, 128> 128, shares_kernel<lyra::Bf16, 128> 128
+//   budget sm_90a: norms_kernel<lyra::Bf16, 128> 168, shares_kernel<lyra::Bf16, 128> 168
 //   budget sm_90a: norms_kernel<lyra::Half, 64> 168, shares_kernel<lyra::Half, 64> 168
-//   budget sm_90a: norms_kernel<float, 64> 248, shares_kernel<float, 64> 248
+//   budget sm_90a: norms_kernel<float, 64> 255, shares_kernel<float, 64> 255
 //   budget sm_90a: norms_kernel<float, 128> 168, shares_kernel<float, 128> 168
 //   budget sm_90a: survey_kernel 64, merge_kernel 64, sum_kernel 32
 #pragma once
 
 #include <cstdint>
 
+#include "lyra/async_copy.h"
 #include "lyra/launch.h"
 #include "lyra/mma.h"
 #include "warp.h"
@@ -56,9 +62,12 @@ namespace lyra::token_select {
 
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kLanes;
-constexpr int kTile = 64;         // streamed rows at a time
-constexpr int kSplitKeys = 512;   // keys of a block of the first pass
-constexpr int kMaxRowBlocks = 8;  // blocks that share the rows of one key head
+constexpr int kTile = 64;             // streamed rows at a time
+constexpr int kSplitKeys = 512;       // keys of a block of the first pass
+constexpr int kShortKeys = 2048;      // samples of up to so many keys are short,
+constexpr int kShortSplitKeys = 256;  // and cut into smaller splits, so that they are on more SMs
+constexpr int kFewSplits = 8;         // merged one after the other
+constexpr int kMaxRowBlocks = 8;      // blocks that share the rows of one key head
 constexpr int kSurveyThreads = 512;
 constexpr int kSurveyTokens = 16;  // side by side, per thread
 constexpr int kMaxWords = 128;     // of 32 bits, in a row of an operand
@@ -90,6 +99,7 @@ struct Problem {
   const int32_t* key_limits;
   const float *key_bias, *head_weights;
   const double* lse;
+  const float* lse_single;  // instead
   float scale;
   bool causal, per_head;
   float* planes;
@@ -98,9 +108,32 @@ struct Problem {
     return query_mask || key_mask || key_limits || key_bias || cu_q || (causal && rows > keys);
   }
   __host__ __device__ int64_t n_planes() const { return per_head ? heads : kv_heads; }
-  // Blocks of `size` keys, of all samples; some have none.
+  __host__ __device__ bool has_lse() const { return lse || lse_single; }
+  // All samples are short, and two launches do; the planes may hold anything before.
+  __host__ __device__ bool is_short() const {
+    return !cu_q && batch > 0 && rows > 0 && keys > 0 && keys <= kShortKeys && rows <= kShortKeys;
+  }
+  // Blocks of `size` keys, of a sample and of all of them; some have none.
+  __host__ __device__ int64_t key_blocks_each(int64_t size) const { return (keys + size - 1) / size; }
   __host__ __device__ int64_t key_blocks(int64_t size) const {
-    return cu_k ? keys / size + batch : batch * ((keys + size - 1) / size);
+    return cu_k ? keys / size + batch : batch * key_blocks_each(size);
+  }
+  // Splits of a sample with so many real keys; for how many there must be room, in a padded sample and in all.
+  static __host__ __device__ int64_t splits_of(int64_t real) {
+    const int64_t size = split_size(real);
+    return (real + size - 1) / size;
+  }
+  static __host__ __device__ int64_t split_size(int64_t real) {
+    return real <= kShortKeys ? kShortSplitKeys : kSplitKeys;
+  }
+  __host__ __device__ int64_t splits_each() const {
+    constexpr int64_t kOfShort = kShortKeys / kShortSplitKeys;
+    return keys <= kShortKeys || splits_of(keys) > kOfShort ? splits_of(keys) : kOfShort;
+  }
+  __host__ __device__ int64_t splits() const {
+    if (!cu_k) return batch * splits_each();
+    const int64_t if_short = keys / kShortSplitKeys + batch, if_mixed = keys / kSplitKeys + 6 * batch;
+    return if_short < if_mixed ? if_short : if_mixed;
   }
 };
 
@@ -131,7 +164,7 @@ struct Workspace {
     };
     norms = reinterpret_cast<Norm*>(take(all_rows(p) * p.heads * static_cast<int64_t>(sizeof(Norm))));
     parts = reinterpret_cast<Part*>(
-        take(p.lse ? 0 : p.key_blocks(kSplitKeys) * p.heads * p.rows * static_cast<int64_t>(sizeof(Part))));
+        take(p.has_lse() ? 0 : p.splits() * p.heads * p.rows * static_cast<int64_t>(sizeof(Part))));
     row_list = key_list = counts = nullptr;
     if (p.surveyed()) {
       row_list = reinterpret_cast<int32_t*>(take(all_rows(p) * 4));
@@ -179,19 +212,21 @@ struct Sample {
   __device__ int64_t head_rows(const Problem& p) const { return first_row * p.heads; }
 };
 
-// The block's sample, and which of its blocks of `size` keys it is; false if there is none for it.
+// The block's sample, and which of its blocks it is, where a padded sample has `each` of them and one with n real keys
+// needs blocks_of(n); false if there is none for it.
 struct KeyBlock {
   int64_t b = 0, at = 0;
 
-  __device__ bool find(const Problem& p, const int32_t* counts, int64_t block, int64_t size) {
+  template <class BlocksOf>
+  __device__ bool find(const Problem& p, const int32_t* counts, int64_t block, int64_t each,
+                       const BlocksOf& blocks_of) {
     if (!p.cu_k) {
-      const int64_t per_sample = (p.keys + size - 1) / size;
-      b = block / per_sample;
-      at = block % per_sample;
+      b = block / each;
+      at = block % each;
       return true;
     }
     for (b = 0, at = block; b < p.batch; ++b) {
-      const int64_t mine = (Sample(p, counts, b).keys + size - 1) / size;
+      const int64_t mine = blocks_of(Sample(p, counts, b).keys);
       if (at < mine) return true;
       at -= mine;
     }
@@ -227,25 +262,54 @@ __device__ int32_t list_where(int32_t size, const Is& is, int32_t* list, int32_t
   return done;
 }
 
-__global__ void __launch_bounds__(kSurveyThreads) survey_kernel(Problem p, Workspace w) {
-  const Sample s(p, nullptr, blockIdx.x);
-  int32_t* totals = reinterpret_cast<int32_t*>(dynamic_shared());
-  int32_t* first_real = totals + kLanes;
+// By a block: lists the sample's real keys and the rows that count, and notes how many there are.
+__device__ void survey(const Problem& p, Sample& s, int32_t* key_list, int32_t* row_list, int32_t* totals) {
   const auto real = [&](int32_t k) {
     const int64_t at = s.first_key + k;
     return (!p.key_mask || p.key_mask[at]) && !(p.key_bias && p.key_bias[at] == -INFINITY);
   };
-  const int32_t keys = list_where(s.own_keys, real, w.key_list + s.first_key, totals);
-  if (threadIdx.x == 0) exchange_store(first_real, keys > 0 ? w.key_list[s.first_key] : s.own_keys);
-  __syncthreads();
-  const int32_t first = exchange_load(first_real);
+  s.keys = list_where(s.own_keys, real, key_list, totals);
+  const int32_t first = s.keys > 0 ? key_list[0] : s.own_keys;
   const auto counts = [&](int32_t r) {
     return (!p.query_mask || p.query_mask[s.first_row + r]) && s.limit(p, r) > first;
   };
-  const int32_t rows = list_where(s.own_rows, counts, w.row_list + s.first_row, totals);
-  if (threadIdx.x == 0) {
-    w.counts[2 * s.b] = rows;
-    w.counts[2 * s.b + 1] = keys;
+  s.rows = list_where(s.own_rows, counts, row_list, totals);
+}
+
+// What counted row i of the sample's heads weighs in the scores, over the sum of its powers.
+__device__ __forceinline__ float factor_of(const Problem& p, const Sample& s, int64_t i, double sum) {
+  const bool weighted = !p.per_head && p.head_weights;
+  const double weight = weighted ? p.head_weights[s.b * p.heads + i / s.rows] : 1.0;
+  const double among = weighted || p.per_head ? s.rows : static_cast<double>(p.heads) * s.rows;
+  return static_cast<float>(weight / (among * sum));
+}
+
+// Of counted row i of the sample's heads, from the lse that was given.
+__device__ Norm given_norm(const Problem& p, const Sample& s, const Workspace& w, int64_t i) {
+  const int64_t head = i / s.rows, r = i % s.rows, row = w.row_list ? w.row_list[s.first_row + r] : r;
+  const int64_t at = p.cu_q ? head * p.rows + s.first_row + row : (s.b * p.heads + head) * p.rows + row;
+  const double lse = p.lse ? p.lse[at] : static_cast<double>(p.lse_single[at]);
+  const float base = static_cast<float>(kLog2e * lse);
+  return {base, factor_of(p, s, i, exp2(fma(kLog2e, lse, -static_cast<double>(base))))};
+}
+
+// A block per sample.
+__global__ void __launch_bounds__(kSurveyThreads) survey_kernel(Problem p, Workspace w) {
+  Sample s(p, nullptr, blockIdx.x);
+  if (p.surveyed()) {
+    survey(p, s, w.key_list + s.first_key, w.row_list + s.first_row, reinterpret_cast<int32_t*>(dynamic_shared()));
+    if (threadIdx.x == 0) {
+      w.counts[2 * s.b] = s.rows;
+      w.counts[2 * s.b + 1] = s.keys;
+    }
+  }
+  if (!p.is_short()) return;
+  // With lse given this is the first of two launches.
+  for (int64_t i = threadIdx.x; i < s.rows * p.heads; i += blockDim.x) {
+    w.norms[s.head_rows(p) + i] = given_norm(p, s, w, i);
+  }
+  for (int64_t i = threadIdx.x; i < p.n_planes() * p.keys; i += blockDim.x) {
+    p.planes[s.b * p.n_planes() * p.keys + i] = 0;
   }
 }
 
@@ -258,16 +322,12 @@ __device__ __forceinline__ uint32_t word_of(float x) { return static_cast<uint32
 __device__ __forceinline__ uint32_t word_of(Bf16 x) { return x.bits; }
 __device__ __forceinline__ uint32_t word_of(Half x) { return x.bits; }
 
-// Words from..from+3 of a row, zeros behind its end. `row` null: all zeros.
+// Words from..from+3 of a row, zeros behind its end, element by element. `row` null: all zeros.
 template <class T>
 __device__ __forceinline__ Words4 read_words(const Operand& operand, const T* row, int64_t dim, int from) {
   Words4 words{};
   if (!row) return words;
   constexpr int kPer = kPerWord<T>;
-  if (operand.vectors) {
-    if (from * kPer < dim) words = *reinterpret_cast<const Words4*>(row + from * kPer);
-    return words;
-  }
 #pragma unroll
   for (int w = 0; w < 4; ++w) {
     for (int half = 0; half < kPer; ++half) {
@@ -282,16 +342,61 @@ __device__ __forceinline__ Words4 read_words(const Operand& operand, const T* ro
 template <int kWords>
 constexpr int kPitch = kWords + 4;
 
-// By a block: kTile rows into shared memory; row(i) is the address of the i-th, or null.
-template <class T, int kWords, class Row>
-__device__ __forceinline__ void load_tile(const Operand& operand, int64_t dim, const Row& row, uint32_t* tile) {
+// By a block: asks for kRows rows in shared memory; row(i) is the address of the i-th, or null. Who needs them waits
+// for the copies, and then for a barrier. What cannot be read 16 bytes at a time is there already.
+template <class T, int kWords, int kRows, class Row>
+__device__ __forceinline__ void fetch_rows(const Operand& operand, int64_t dim, const Row& row, uint32_t* to) {
   constexpr int kChunks = kWords / 4, kRowsAtOnce = kThreads / kChunks;
   const int chunk = threadIdx.x % kChunks;
-#pragma unroll
-  for (int pass = 0; pass < kTile / kRowsAtOnce; ++pass) {
+#pragma unroll 8
+  for (int pass = 0; pass < kRows / kRowsAtOnce; ++pass) {
     const int i = pass * kRowsAtOnce + threadIdx.x / kChunks;
-    shared_store16(tile + i * kPitch<kWords> + chunk * 4, read_words<T>(operand, row(i), dim, chunk * 4));
+    uint32_t* const place = to + i * kPitch<kWords> + chunk * 4;
+    const T* const from = row(i);
+    if (operand.vectors) {
+      const bool exists = from && chunk * 4 * kPerWord<T> < dim;
+      copy16_async(place, exists ? static_cast<const void*>(from + chunk * 4 * kPerWord<T>) : operand.data, exists);
+    } else {
+      shared_store16(place, read_words<T>(operand, from, dim, chunk * 4));
+    }
   }
+}
+
+// What stands behind the rows of a buffer.
+template <int kWords>
+__device__ __forceinline__ int32_t* places_in(uint32_t* buffer) {
+  return reinterpret_cast<int32_t*>(buffer + kTile * kPitch<kWords>);
+}
+template <int kWords>
+__device__ __forceinline__ float* biases_in(uint32_t* buffer) {
+  return reinterpret_cast<float*>(buffer + kTile * (kPitch<kWords> + 1));
+}
+
+// Two of these take turns: one is read while the other is filled. Three words for each of its rows, besides.
+template <int kWords>
+constexpr int kBufferWords = kTile * (kPitch<kWords> + 3);
+template <int kWords>
+constexpr int kBufferBytes = 2 * kBufferWords<kWords> * 4;
+
+// By a block: use(buffer) for each tile of [begin, end), once fetch(buffer, at) has filled the buffer, which goes
+// on during the use of the tile before. Whatever the block wrote to the buffers before must lie behind a barrier.
+template <int kWords, class Fetch, class Use>
+__device__ __forceinline__ void stream(uint32_t* buffers, int32_t begin, int32_t end, const Fetch& fetch,
+                                       const Use& use) {
+  uint32_t *now = buffers, *next = buffers + kBufferWords<kWords>;
+  fetch(now, begin);
+  commit_copies();
+  for (int32_t at = begin; at < end; at += kTile) {
+    wait_for_copies<0>();
+    __syncthreads();
+    if (end - at > kTile) fetch(next, at + kTile);
+    commit_copies();
+    use(now);
+    uint32_t* const used = now;
+    now = next;
+    next = used;
+  }
+  __syncthreads();
 }
 
 // The keys of a sample, by their number among the real ones.
@@ -302,10 +407,11 @@ struct Keys {
   const int32_t* list;
   const T* head;
 
-  __device__ Keys(const Problem& p, const Sample& s, const Workspace& w, int64_t kv_head)
+  // `list`: the real keys of the sample, or null if all are.
+  __device__ Keys(const Problem& p, const Sample& s, const int32_t* list, int64_t kv_head)
       : p(p),
         s(s),
-        list(w.key_list ? w.key_list + s.first_key : nullptr),
+        list(list),
         head(static_cast<const T*>(p.key.data) + kv_head * p.key.head +
              (p.cu_k ? s.first_key * p.key.row : s.b * p.key.batch)) {}
   __device__ int32_t place(int32_t k) const { return list ? list[k] : k; }
@@ -325,10 +431,11 @@ struct QueryRows {
   const T* group;
   int32_t all;
 
-  __device__ QueryRows(const Problem& p, const Sample& s, const Workspace& w, int64_t kv_head)
+  // `list`: the rows of the sample that count, or null if all do.
+  __device__ QueryRows(const Problem& p, const Sample& s, const int32_t* list, int64_t kv_head)
       : p(p),
         s(s),
-        list(w.row_list ? w.row_list + s.first_row : nullptr),
+        list(list),
         group(static_cast<const T*>(p.query.data) + kv_head * (p.heads / p.kv_heads) * p.query.head +
               (p.cu_q ? s.first_row * p.query.row : s.b * p.query.batch)),
         all(static_cast<int32_t>(p.heads / p.kv_heads) * s.rows) {}
@@ -386,26 +493,24 @@ struct Held {
   static constexpr int kAll = kRows * kWarps;  // of a block
   uint32_t words[kBlocks][kWords / 8][4];
 
-  // By a block, through the tile's memory.
+  // By a block, through the memory of both buffers; a barrier follows.
   template <class T, class Row>
-  __device__ void load(const Operand& operand, int64_t dim, const Row& row, uint32_t* tile) {
+  __device__ void load(const Operand& operand, int64_t dim, const Row& row, uint32_t* buffers) {
+    static_assert(kAll * kPitch<kWords> <= 2 * kBufferWords<kWords>);
     const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
-    constexpr int kWarpsAtOnce = kTile / kRows;
-    for (int first = 0; first < kWarps; first += kWarpsAtOnce) {
-      load_tile<T, kWords>(operand, dim, [&](int i) { return row(first * kRows + i); }, tile);
-      __syncthreads();
-      if (warp / kWarpsAtOnce == first / kWarpsAtOnce) {
-        const uint32_t* mine = tile + (warp - first) * kRows * kPitch<kWords>;
+    fetch_rows<T, kWords, kAll>(operand, dim, row, buffers);
+    commit_copies();
+    wait_for_copies<0>();
+    __syncthreads();
+    const uint32_t* mine = buffers + warp * kRows * kPitch<kWords>;
 #pragma unroll
-        for (int m = 0; m < kBlocks; ++m) {
+    for (int m = 0; m < kBlocks; ++m) {
 #pragma unroll
-          for (int k = 0; k < kWords / 8; ++k) {
-            ldmatrix_x4(words[m][k], mine + (m * 16 + lane % 16) * kPitch<kWords> + k * 8 + lane / 16 * 4);
-          }
-        }
+      for (int k = 0; k < kWords / 8; ++k) {
+        ldmatrix_x4(words[m][k], mine + (m * 16 + lane % 16) * kPitch<kWords> + k * 8 + lane / 16 * 4);
       }
-      __syncthreads();
     }
+    __syncthreads();
   }
 
   // Against 16 rows of a tile, from `first` on. sums[m][n]: 16 held rows against 8 of the tile.
@@ -431,31 +536,67 @@ struct Held {
 __device__ __forceinline__ Part join(const Part& a, const Part& b) {
   const float largest = a.largest > b.largest ? a.largest : b.largest;
   const float base = largest == -INFINITY ? 0.0f : largest;
-  return {largest, a.sum * power_of_two(a.largest - base) + b.sum * power_of_two(b.largest - base)};
+  return {largest, fmaf(a.sum, power_of_two(a.largest - base), b.sum * power_of_two(b.largest - base))};
 }
 
 __device__ __forceinline__ Part from_other_lane(const Part& mine, int bits) {
   return {__shfl_xor_sync(kAllLanes, mine.largest, bits), __shfl_xor_sync(kAllLanes, mine.sum, bits)};
 }
 
-template <int kWords>
-constexpr int kTileBytes = kTile * kPitch<kWords> * 4;
+// Few splits of a row, `stride` apart: one joined to the other, all loads under way together.
+__device__ __forceinline__ Part merged(const Part* parts, int64_t stride, int64_t splits) {
+  Part part[kFewSplits];
+#pragma unroll
+  for (int k = 0; k < kFewSplits; ++k) part[k] = k < splits ? parts[k * stride] : Part{-INFINITY, 0};
+#pragma unroll
+  for (int k = 1; k < kFewSplits; ++k) part[0] = join(part[0], part[k]);
+  return part[0];
+}
+
+// Bytes of shared memory in which a block of norms_kernel makes the lists of a short sample.
+inline size_t survey_bytes(const Problem& p) {
+  return p.is_short() && p.surveyed() ? static_cast<size_t>(p.keys + p.rows + kLanes) * sizeof(int32_t) : 0;
+}
 
 template <class T, int kWords>
 __global__ void __launch_bounds__(kThreads) norms_kernel(Problem p, Workspace w, int64_t row_blocks) {
-  uint32_t* tile = reinterpret_cast<uint32_t*>(dynamic_shared());
-  int32_t* places = reinterpret_cast<int32_t*>(tile + kTile * kPitch<kWords>);  // of the tile's keys
-  float* biases = reinterpret_cast<float*>(places + kTile);
-  const int64_t kv_head = blockIdx.x / row_blocks % p.kv_heads;
+  uint32_t* const buffers = reinterpret_cast<uint32_t*>(dynamic_shared());
+  const int64_t kv_head = blockIdx.x / row_blocks % p.kv_heads, split = blockIdx.x / row_blocks / p.kv_heads;
   KeyBlock block;
-  if (!block.find(p, w.counts, blockIdx.x / row_blocks / p.kv_heads, kSplitKeys)) return;
-  const Sample s(p, w.counts, block.b);
-  const Keys<T> keys(p, s, w, kv_head);
-  const QueryRows<T> rows(p, s, w, kv_head);
-  const int32_t begin = static_cast<int32_t>(block.at * kSplitKeys);
-  const int32_t end = begin + kSplitKeys < s.keys ? begin + kSplitKeys : s.keys;
+  if (!block.find(p, w.counts, split, p.splits_each(), Problem::splits_of)) return;
+  const bool alone = p.is_short();  // no other kernel has run before
+  Sample s(p, alone ? nullptr : w.counts, block.b);
+  const int32_t* key_list = w.key_list ? w.key_list + s.first_key : nullptr;
+  const int32_t* row_list = w.row_list ? w.row_list + s.first_row : nullptr;
+  if (alone && p.surveyed()) {
+    int32_t *const keys = reinterpret_cast<int32_t*>(buffers + 2 * kBufferWords<kWords>), *const rows = keys + p.keys;
+    survey(p, s, keys, rows, rows + p.rows);
+    if (kv_head == 0 && block.at == 0 && blockIdx.x % row_blocks == 0) {
+      for (int k = threadIdx.x; k < s.keys; k += kThreads) w.key_list[s.first_key + k] = keys[k];
+      for (int r = threadIdx.x; r < s.rows; r += kThreads) w.row_list[s.first_row + r] = rows[r];
+      if (threadIdx.x == 0) {
+        w.counts[2 * s.b] = s.rows;
+        w.counts[2 * s.b + 1] = s.keys;
+      }
+    }
+    key_list = keys;
+    row_list = rows;
+  }
+  if (alone && blockIdx.x % row_blocks == 0) {
+    const int64_t planes = p.n_planes() / p.kv_heads;  // of this key head
+    for (int64_t k = threadIdx.x; k < kShortSplitKeys; k += kThreads) {
+      const int64_t place = block.at * kShortSplitKeys + k;
+      for (int64_t plane = kv_head * planes; place < p.keys && plane < (kv_head + 1) * planes; ++plane) {
+        p.planes[(s.b * p.n_planes() + plane) * p.keys + place] = 0;
+      }
+    }
+  }
+  const Keys<T> keys(p, s, key_list, kv_head);
+  const QueryRows<T> rows(p, s, row_list, kv_head);
+  const int32_t size = static_cast<int32_t>(Problem::split_size(s.keys));
+  const int32_t begin = static_cast<int32_t>(block.at) * size;
+  const int32_t end = s.keys - begin > size ? begin + size : s.keys;
   if (begin >= end) return;
-  const int64_t split = blockIdx.x / row_blocks / p.kv_heads;
   Part* parts = w.parts + split * p.heads * p.rows + kv_head * rows.all;
   const float scale = p.scale * static_cast<float>(kLog2e);
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
@@ -464,7 +605,7 @@ __global__ void __launch_bounds__(kThreads) norms_kernel(Problem p, Workspace w,
        first += row_blocks * Held<kWords>::kAll) {
     Held<kWords> held;
     const int32_t base_row = static_cast<int32_t>(first);
-    held.template load<T>(p.query, p.dim, [&](int i) { return rows.row(base_row + i); }, tile);
+    held.template load<T>(p.query, p.dim, [&](int i) { return rows.row(base_row + i); }, buffers);
     // This lane's rows: 16 m + 8 h + lane / 4 of the warp's.
     int32_t limits[Held<kWords>::kBlocks][2];
     Part mine[Held<kWords>::kBlocks][2];
@@ -476,15 +617,18 @@ __global__ void __launch_bounds__(kThreads) norms_kernel(Problem p, Workspace w,
       }
     }
 
-    for (int32_t at = begin; at < end; at += kTile) {
-      load_tile<T, kWords>(p.key, p.dim, [&](int i) { return at + i < end ? keys.row(at + i) : nullptr; }, tile);
-      if (threadIdx.x < kTile) {
-        const bool exists = at + static_cast<int>(threadIdx.x) < end;
-        const int32_t place = exists ? keys.place(at + threadIdx.x) : INT32_MAX;
-        exchange_store(places + threadIdx.x, place);
-        exchange_store(biases + threadIdx.x, exists ? keys.bias(place) : 0.0f);
-      }
-      __syncthreads();
+    const auto fetch = [&](uint32_t* tile, int32_t at) {
+      fetch_rows<T, kWords, kTile>(
+          p.key, p.dim, [&](int i) { return at + i < end ? keys.row(at + i) : nullptr; }, tile);
+      if (threadIdx.x >= kTile) return;
+      const bool exists = at + static_cast<int>(threadIdx.x) < end;
+      const int32_t place = exists ? keys.place(at + threadIdx.x) : INT32_MAX;
+      exchange_store(places_in<kWords>(tile) + threadIdx.x, place);
+      exchange_store(biases_in<kWords>(tile) + threadIdx.x, exists ? keys.bias(place) : 0.0f);
+    };
+    stream<kWords>(buffers, begin, end, fetch, [&](uint32_t* tile) {
+      const int32_t* const places = places_in<kWords>(tile);
+      const float* const biases = biases_in<kWords>(tile);
 #pragma unroll 1
       for (int column = 0; column < kTile; column += 16) {
         float sums[Held<kWords>::kBlocks][2][4] = {};
@@ -516,8 +660,7 @@ __global__ void __launch_bounds__(kThreads) norms_kernel(Problem p, Workspace w,
           }
         }
       }
-      __syncthreads();
-    }
+    });
 
     for (int m = 0; m < Held<kWords>::kBlocks; ++m) {
       for (int h = 0; h < 2; ++h) {
@@ -550,33 +693,25 @@ __global__ void __launch_bounds__(kThreads) merge_kernel(Problem p, Workspace w)
   const Sample s(p, w.counts, b);
   if (i >= s.rows * p.heads || s.keys == 0) return;
 
-  const int64_t head = i / s.rows, r = i % s.rows;
-  const double share = (p.per_head       ? 1.0
-                        : p.head_weights ? p.head_weights[b * p.heads + head]
-                                         : 1.0 / p.heads) /
-                       s.rows;
   Norm norm;
-  if (p.lse) {
-    const int64_t place = w.row_list ? w.row_list[s.first_row + r] : r;
-    const double lse =
-        kLog2e * (p.cu_q ? p.lse[head * p.rows + s.first_row + place] : p.lse[(b * p.heads + head) * p.rows + place]);
-    norm.base = static_cast<float>(lse);
-    norm.factor = static_cast<float>(share * exp2(norm.base - lse));
+  if (p.has_lse()) {
+    norm = given_norm(p, s, w, i);
   } else {
-    int64_t split = 0;  // the sample's first
+    int64_t split = b * p.splits_each();  // the sample's first
     if (p.cu_k) {
-      for (int64_t other = 0; other < b; ++other)
-        split += (Sample(p, w.counts, other).keys + kSplitKeys - 1) / kSplitKeys;
-    } else {
-      split = b * ((p.keys + kSplitKeys - 1) / kSplitKeys);
+      split = 0;
+      for (int64_t other = 0; other < b; ++other) split += Problem::splits_of(Sample(p, w.counts, other).keys);
     }
-    const int64_t splits = (s.keys + kSplitKeys - 1) / kSplitKeys;
-    const Part* parts = w.parts + split * p.heads * p.rows + i;
+    const int64_t splits = Problem::splits_of(s.keys), stride = p.heads * p.rows;
+    const Part* parts = w.parts + split * stride + i;
     Part part{-INFINITY, 0};
-    for (int64_t k = lane; k < splits; k += kLanes) part = join(part, parts[k * p.heads * p.rows]);
-    for (int bits = 1; bits < kLanes; bits *= 2) part = join(part, from_other_lane(part, bits));
-    norm.base = part.largest;
-    norm.factor = static_cast<float>(share / part.sum);
+    if (splits <= kFewSplits) {
+      part = merged(parts, stride, splits);
+    } else {
+      for (int64_t k = lane; k < splits; k += kLanes) part = join(part, parts[k * stride]);
+      for (int bits = 1; bits < kLanes; bits *= 2) part = join(part, from_other_lane(part, bits));
+    }
+    norm = {part.largest, factor_of(p, s, i, part.sum)};
   }
   if (lane == 0) w.norms[s.head_rows(p) + i] = norm;
 }
@@ -585,25 +720,31 @@ __global__ void __launch_bounds__(kThreads) merge_kernel(Problem p, Workspace w)
 
 template <class T, int kWords>
 __global__ void __launch_bounds__(kThreads) shares_kernel(Problem p, Workspace w) {
-  uint32_t* tile = reinterpret_cast<uint32_t*>(dynamic_shared());
-  int32_t* limits = reinterpret_cast<int32_t*>(tile + kTile * kPitch<kWords>);  // of the tile's rows
-  float* bases = reinterpret_cast<float*>(limits + kTile);
-  float* factors = bases + kTile;
+  uint32_t* const buffers = reinterpret_cast<uint32_t*>(dynamic_shared());
   constexpr int kBlocks = Held<kWords>::kBlocks;
   const int64_t kv_head = blockIdx.x % p.kv_heads;
   KeyBlock block;
-  if (!block.find(p, w.counts, blockIdx.x / p.kv_heads, Held<kWords>::kAll)) return;
+  constexpr int64_t kKeys = Held<kWords>::kAll;
+  const auto blocks_of = [](int64_t n) { return (n + kKeys - 1) / kKeys; };
+  if (!block.find(p, w.counts, blockIdx.x / p.kv_heads, p.key_blocks_each(kKeys), blocks_of)) return;
   const Sample s(p, w.counts, block.b);
-  const Keys<T> keys(p, s, w, kv_head);
-  const QueryRows<T> rows(p, s, w, kv_head);
+  const Keys<T> keys(p, s, w.key_list ? w.key_list + s.first_key : nullptr, kv_head);
+  const QueryRows<T> rows(p, s, w.row_list ? w.row_list + s.first_row : nullptr, kv_head);
   const int32_t begin = static_cast<int32_t>(block.at * Held<kWords>::kAll);
   if (begin >= s.keys || rows.all == 0) return;
   const Norm* norms = w.norms + s.head_rows(p) + kv_head * rows.all;
+  const bool merges = p.is_short() && !p.has_lse();
+  const Part* parts = w.parts + s.b * p.splits_each() * p.heads * p.rows + kv_head * rows.all;
+  const auto norm_of = [&](int32_t i) {
+    if (!merges) return norms[i];
+    const Part part = merged(parts + i, p.heads * p.rows, Problem::splits_of(s.keys));
+    return Norm{part.largest, factor_of(p, s, kv_head * rows.all + i, part.sum)};
+  };
   const float scale = p.scale * static_cast<float>(kLog2e);
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
 
   Held<kWords> held;
-  held.template load<T>(p.key, p.dim, [&](int i) { return keys.row(begin + i); }, tile);
+  held.template load<T>(p.key, p.dim, [&](int i) { return keys.row(begin + i); }, buffers);
   // This lane's keys: 16 m + 8 h + lane / 4 of the warp's.
   int32_t place[kBlocks][2];
   float bias[kBlocks][2];
@@ -619,17 +760,20 @@ __global__ void __launch_bounds__(kThreads) shares_kernel(Problem p, Workspace w
   const int32_t per_plane = p.per_head ? s.rows : rows.all;
   for (int32_t first = 0; first < rows.all; first += per_plane) {
     float totals[kBlocks][2] = {};
-    for (int32_t at = first; at < first + per_plane; at += kTile) {
-      const int32_t end = first + per_plane;
-      load_tile<T, kWords>(p.query, p.dim, [&](int i) { return at + i < end ? rows.row(at + i) : nullptr; }, tile);
-      if (threadIdx.x < kTile) {
-        const int32_t i = at + static_cast<int32_t>(threadIdx.x);
-        const Norm norm = i < end ? norms[i] : Norm{0, 0};
-        exchange_store(limits + threadIdx.x, i < end ? rows.limit(i) : 0);
-        exchange_store(bases + threadIdx.x, norm.base);
-        exchange_store(factors + threadIdx.x, norm.factor);
-      }
-      __syncthreads();
+    const int32_t end = first + per_plane;
+    const auto fetch = [&](uint32_t* tile, int32_t at) {
+      fetch_rows<T, kWords, kTile>(
+          p.query, p.dim, [&](int i) { return at + i < end ? rows.row(at + i) : nullptr; }, tile);
+      if (threadIdx.x >= kTile) return;
+      const int32_t i = at + static_cast<int32_t>(threadIdx.x);
+      const Norm norm = i < end ? norm_of(i) : Norm{0, 0};
+      exchange_store(places_in<kWords>(tile) + threadIdx.x, i < end ? rows.limit(i) : 0);
+      exchange_store(biases_in<kWords>(tile) + threadIdx.x, norm.base);
+      exchange_store(biases_in<kWords>(tile) + kTile + threadIdx.x, norm.factor);
+    };
+    stream<kWords>(buffers, first, end, fetch, [&](uint32_t* tile) {
+      const int32_t* const limits = places_in<kWords>(tile);
+      const float *const bases = biases_in<kWords>(tile), *const factors = bases + kTile;
 #pragma unroll 1
       for (int column = 0; column < kTile; column += 16) {
         float sums[kBlocks][2][4] = {};
@@ -650,8 +794,7 @@ __global__ void __launch_bounds__(kThreads) shares_kernel(Problem p, Workspace w
           }
         }
       }
-      __syncthreads();
-    }
+    });
 
     const int64_t plane = p.per_head ? kv_head * (p.heads / p.kv_heads) + first / per_plane : kv_head;
     float* to = p.cu_k ? p.planes + plane * p.keys + s.first_key : p.planes + (s.b * p.n_planes() + plane) * p.keys;
@@ -684,24 +827,26 @@ cudaError_t run_scores(const Problem& p, const Workspace& w, cudaStream_t stream
   const int64_t row_blocks = (p.heads / p.kv_heads * p.rows + Held<kWords>::kAll - 1) / Held<kWords>::kAll;
   const int64_t most = row_blocks < kMaxRowBlocks ? row_blocks : kMaxRowBlocks;
   cudaError_t error = cudaSuccess;
-  if (p.surveyed()) {
+  if (p.is_short() ? p.has_lse() : p.surveyed()) {
     const int threads = p.keys > 16384 ? kSurveyThreads : kThreads;
-    error = launch(survey_kernel, p.batch, threads, (kLanes + 1) * sizeof(int32_t), stream, p, w);
+    error = launch(survey_kernel, p.batch, threads, kLanes * sizeof(int32_t), stream, p, w);
     if (error != cudaSuccess) return error;
   }
-  if (!p.lse) {
-    error = launch(norms_kernel<T, kWords>, p.key_blocks(kSplitKeys) * p.kv_heads * most, kThreads,
-                   kTileBytes<kWords> + 2 * kTile * 4, stream, p, w, most);
+  if (!p.has_lse()) {
+    error = launch(norms_kernel<T, kWords>, p.splits() * p.kv_heads * most, kThreads,
+                   kBufferBytes<kWords> + survey_bytes(p), stream, p, w, most);
     if (error != cudaSuccess) return error;
   }
-  error = launch(merge_kernel, (Workspace::all_rows(p) * p.heads + kWarps - 1) / kWarps, kThreads, 0, stream, p, w);
-  if (error != cudaSuccess) return error;
-  return launch(shares_kernel<T, kWords>, p.key_blocks(Held<kWords>::kAll) * p.kv_heads, kThreads,
-                kTileBytes<kWords> + 3 * kTile * 4, stream, p, w);
+  if (!p.is_short()) {
+    error = launch(merge_kernel, (Workspace::all_rows(p) * p.heads + kWarps - 1) / kWarps, kThreads, 0, stream, p, w);
+    if (error != cudaSuccess) return error;
+  }
+  return launch(shares_kernel<T, kWords>, p.key_blocks(Held<kWords>::kAll) * p.kv_heads, kThreads, kBufferBytes<kWords>,
+                stream, p, w);
 }
 
-// D as far as kMaxWords reach. Writes p.planes, which must hold zeros; `workspace`: what Workspace::place says, 16-byte
-// aligned, may hold anything.
+// D as far as kMaxWords reach. Writes p.planes, which must hold zeros unless p.is_short(); `workspace`: what
+// Workspace::place says, 16-byte aligned, may hold anything.
 template <class T>
 cudaError_t score_planes(const Problem& p, void* workspace, cudaStream_t stream) {
   if (p.batch == 0 || p.rows == 0 || p.keys == 0) return cudaSuccess;

@@ -8,12 +8,13 @@
 // ends as soon as all that agree are kept, so the digits of the index are looked at only where ties cut across the
 // budget. Kept tokens are then counted per range, and each range writes from its own place on: order without a sort.
 //
-// Shapes. scores (B,P,L) float: added up over the planes, in order; candidates, key_mask (B,L) bool; segment (B,L);
+// Shapes. scores (B,P,L) float: added up over the planes, in order, then bias (B,L); candidates, key_mask (B,L) bool;
+// segment (B,L);
 // index (B,K): kept places, increasing, -1 behind them (or in front, kLeft); lengths (B); inverse (B,L): column in
 // index or -1. kPacked: index (K), sample after sample, entries sample * L + place. Packed in (cu_seqlens): one row of
-// L tokens, entries are places in it. What finds no room in index is left out, and lengths tell. The budget is
-// read on the device; nothing waits, for the host or for another block. All sums are of whole numbers: the plan moves
-// no bit.
+// L tokens, entries are places in it. What finds no room in index is left out, and lengths tell, or, if wanted, the
+// kernel fails. The budget is read on the device; nothing waits, for the host or for another block. All sums are of
+// whole numbers: the plan moves no bit.
 //
 // Plan. `select_kernel`: one block per sample, any number of segments (digits of 11, 8 or 4 bits, so that the counters
 // of few segments stay in shared memory). Long samples of few segments take one launch per digit instead,
@@ -31,6 +32,7 @@
 
 #include <cstdint>
 
+#include "lyra/device_assert.h"
 #include "lyra/launch.h"
 #include "warp.h"
 
@@ -67,12 +69,14 @@ enum Layout { kRight, kLeft, kPacked };  // where padding goes, or none
 struct Selection {
   int64_t batch, planes, length, capacity, segments;  // B, P, L, K, S
   const float* scores;
+  const float* bias;  // or null
   const bool* candidates;
   const bool* key_mask;       // or null: all tokens are real
   const int64_t* segment;     // or null: all are in segment 0
   const int32_t* cu_seqlens;  // (B + 1), or null: padded in
   Budget budget;
   Layout layout;
+  bool complete;  // what finds no room in index ends the kernel
   int64_t *index, *lengths, *inverse;
 };
 
@@ -114,6 +118,9 @@ struct Tokens {
 
   __device__ Tokens(const Selection& p, int64_t sample)
       : p(p), sample(sample), start(first(sample)), length(last(sample) - start), digits(p) {}
+  // The pointers of p are to this sample's own tokens.
+  __device__ Tokens(const Selection& p, int64_t sample, int64_t length)
+      : p(p), sample(sample), start(0), length(length), digits(p) {}
 
   // Inside the row, and never negative in length, whatever cu_seqlens holds.
   __device__ int64_t place(int64_t at) const { return at < 0 ? 0 : at > p.length ? p.length : at; }
@@ -134,11 +141,14 @@ struct Tokens {
     return s >= 0 && s < p.segments ? s : -1;
   }
 
-  __device__ uint64_t rank(int64_t i) const {
+  __device__ float score(int64_t i) const {
     const float* at = p.scores + (p.cu_seqlens ? start : start * p.planes) + i;
-    float score = *at;
-    for (int64_t plane = 1; plane < p.planes; ++plane) score += at[plane * p.length];
-    return static_cast<uint64_t>(ordered(score)) << (digits.total - 32) | static_cast<uint64_t>(p.length - 1 - i);
+    float sum = *at;
+    for (int64_t plane = 1; plane < p.planes; ++plane) sum += at[plane * p.length];
+    return p.bias ? sum + p.bias[start + i] : sum;
+  }
+  __device__ uint64_t rank(int64_t i) const {
+    return static_cast<uint64_t>(ordered(score(i))) << (digits.total - 32) | static_cast<uint64_t>(p.length - 1 - i);
   }
 
   __device__ bool kept(int64_t i, const Segment* segments) const {
@@ -243,6 +253,10 @@ __device__ int64_t sum_of(int64_t size, const Load& load) {
   return __shfl_sync(kAllLanes, running_sum(sum), kLanes - 1);
 }
 
+__device__ __forceinline__ void check_room(const Selection& p, int64_t columns) {
+  device_assert(!p.complete || columns <= p.capacity, "capacity: a sample keeps more tokens than that");
+}
+
 // `before`: kept tokens of the sample in front of this warp's range; `offset`: of the samples in front; `all`: of this.
 __device__ void write_kept(const Tokens& tokens, int64_t warp, int64_t warps, const Segment* segments, int64_t before,
                            int64_t offset, int64_t all) {
@@ -270,7 +284,10 @@ __device__ void write_kept(const Tokens& tokens, int64_t warp, int64_t warps, co
     if (b == 0) fill(p.inverse, 0, tokens.start);
     fill(p.inverse, tokens.start + tokens.length, is_last ? p.length : tokens.first(b + 1));
   }
-  if (warp == 0 && lane == 0) p.lengths[b] = all;
+  if (warp == 0 && lane == 0) {
+    p.lengths[b] = all;
+    check_room(p, p.layout == kPacked ? column + all : all);
+  }
 }
 
 // --- kernels -----------------------------------------------------------------------------------------------------
@@ -311,6 +328,29 @@ __device__ __forceinline__ void clear(int32_t* counters, int64_t size) {
   for (int64_t k = threadIdx.x; k < size; k += blockDim.x) counters[k] = 0;
 }
 
+// By a block: what is known of each segment at the end. `counters`: one per digit and segment; both may be in shared
+// memory. No barrier need precede it, if each thread wrote what it knows of the tokens it begins at (threadIdx.x, and
+// from there on in steps of blockDim.x); one follows.
+__device__ void find_thresholds(const Tokens& tokens, Segment* segments, int32_t* counters) {
+  const int64_t warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes, n = tokens.p.segments;
+  const bool leader = threadIdx.x % kLanes == 0;
+  bool open = tokens.length > 0;
+  for (int pass = 0; open && pass < tokens.digits.passes(); ++pass) {
+    clear(counters, n * tokens.digits.bins());
+    __syncthreads();
+    count_digits(tokens, pass, 0, tokens.length, segments, counters);
+    __syncthreads();
+    open = false;
+    for (int64_t s = warp; s < n; s += warps) {
+      const Segment known = pass > 0 && leader ? exchange_load(segments + s) : Segment{};
+      const Segment now = conclude(tokens, pass, s, from_leader(known), counters);
+      if (leader) exchange_store(segments + s, now);
+      if (now.open) open = true;
+    }
+    open = __syncthreads_or(open);
+  }
+}
+
 __global__ void __launch_bounds__(kSelectThreads) select_kernel(Selection p, char* workspace) {
   const Notes notes(p, kOneBlock, workspace);
   const Tokens tokens(p, blockIdx.x);
@@ -324,21 +364,7 @@ __global__ void __launch_bounds__(kSelectThreads) select_kernel(Selection p, cha
     counters = reinterpret_cast<int32_t*>(segments + p.segments);
   }
 
-  bool open = tokens.length > 0;
-  for (int pass = 0; open && pass < tokens.digits.passes(); ++pass) {
-    clear(counters, p.segments * notes.bins);
-    __syncthreads();
-    count_digits(tokens, pass, 0, tokens.length, segments, counters);
-    __syncthreads();
-    open = false;
-    for (int64_t s = warp; s < p.segments; s += warps) {
-      const Segment known = pass > 0 && leader ? exchange_load(segments + s) : Segment{};
-      const Segment now = conclude(tokens, pass, s, from_leader(known), counters);
-      if (leader) exchange_store(segments + s, now);
-      if (now.open) open = true;
-    }
-    open = __syncthreads_or(open);
-  }
+  find_thresholds(tokens, segments, counters);
   const int32_t kept = count_kept(tokens, warp, warps, segments);
   if (leader) exchange_store(counts + warp, kept);
   __syncthreads();
@@ -419,6 +445,11 @@ __global__ void __launch_bounds__(kSplitThreads) write_kernel(Selection p, Plan 
 
 // --- launcher ----------------------------------------------------------------------------------------------------
 
+// Of what is known of the segments, and of their counters.
+inline size_t search_bytes(const Selection& p) {
+  return static_cast<size_t>(p.segments) * (sizeof(Segment) + static_cast<size_t>(Digits(p).bins()) * sizeof(int32_t));
+}
+
 // One block reads some 100 GB/s; from here on it takes longer than the launches of the other plan.
 inline Plan select_plan(const Selection& p) {
   return p.length > 16384 && few_segments(p) && p.batch < 64 ? kSplitBlocks : kOneBlock;
@@ -435,8 +466,7 @@ inline cudaError_t select(const Selection& p, Plan plan, void* given, cudaStream
   if (p.batch == 0) return cudaSuccess;
   char* workspace = static_cast<char*>(given);
   const Notes notes(p, plan, workspace);
-  const int64_t search_bytes = p.segments * (static_cast<int64_t>(sizeof(Segment)) + notes.bins * 4);
-  const size_t shared_bytes = few_segments(p) ? static_cast<size_t>(search_bytes) : 0;
+  const size_t shared_bytes = few_segments(p) ? search_bytes(p) : 0;
   cudaError_t error = cudaSuccess;
   if (plan == kOneBlock) {
     int64_t threads = (p.length + kLanes - 1) / kLanes * kLanes;

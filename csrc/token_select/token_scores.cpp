@@ -2,22 +2,19 @@
 //
 //     score_k = sum_h w_h mean_q softmax_k(scale Q_q^h . K_k^(h / G) + bias_k),   G = Hq / Hkv query heads per key head
 //
-// Two passes over the keys, neither of which keeps more than a tile of logits: the first finds each row's largest logit
-// and its sum of powers, the second adds up the shares of each key. With `lse` there is only the second. Logits are in
-// units of log 2, so that powers are powers of two.
-//
-// Query rows lie side by side in the lanes of a vector and keys come one number at a time: so keys are read where they
-// stand, whatever their stride from token to token, and what is done per row needs no sum across lanes. A tile is V
-// vectors of rows by N keys, its logits stay in registers. bfloat16 multiplies in pairs where the CPU can (products
-// exact, sums float32); otherwise, and for float16 or keys with strided channels, a block of keys becomes float32
-// first.
+// Panels of 32 query rows meet blocks of 96 keys (score_tiles.h). The first pass takes of each row and block the
+// largest logit, the powers relative to it and their sum; then it is known what each block of a row is worth, and the
+// second pass adds up the shares of each key. Where the powers of one panel and all keys fit into kKept bytes (up to
+// some 16,000 keys), they are kept and each logit is made once. With more keys the second pass makes them again, and
+// many panels go together, so that keys are fetched from memory less often. With `lse` there is only the second pass.
 //
 // Rows that count and keys that are real are brought together first, so padding costs nothing and moves no boundary;
-// chunks, blocks and splits have constant sizes. So a sample gets the same bits in any batch and with any number of
-// threads, on CPUs with the same vector instructions.
+// panels, blocks and rounds depend on the sample alone. So a sample gets the same bits in any batch and with any number
+// of threads, on CPUs with the same vector instructions.
 //
-// Memory: a key takes 4 bytes beside its result, and 8 kChunk / kSplit for the norms; a chunk of kChunk rows
-// 4 D bytes per row; a thread one block of sums, and one of keys where they are converted.
+// Memory beside the result: 4 bytes per key, and at most kKept; or, with more keys than fit, 8 kTogether kRows for
+// every kPart kKeys of them (7.5 bytes per key) and 4 D kTogether kRows. A thread has a block of powers, one of sums
+// and one of keys.
 #include "token_select.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -26,10 +23,8 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <limits>
 #include <new>
 #include <optional>
@@ -37,21 +32,18 @@
 #include <vector>
 
 #include "lyra/check.h"
-#include "lyra/simd.h"
+#include "score_tiles.h"
 
 namespace lyra::token_select {
 namespace {
 
-constexpr int kLanes = 16;   // rows in a vector
-constexpr int kChunk = 128;  // rows that go through both passes together
-constexpr int kVectors = kChunk / kLanes;
-constexpr int kKeys = 96;          // keys of a block: a multiple of every tile's N
-constexpr int kSplit = 5 * kKeys;  // keys of a task of the first pass
-constexpr float kNone = -std::numeric_limits<float>::infinity();
+constexpr int64_t kKept = 2 << 20;                                 // bytes
+constexpr int64_t kTogether = 14;                                  // panels where powers are not kept
+constexpr int64_t kPart = 5;                                       // blocks of which one norm is taken there
+constexpr int64_t kPowers = kRows * kKeys;                         // of a panel and a block
+constexpr int32_t kNowhere = std::numeric_limits<int32_t>::max();  // place of a key that nobody sees
 constexpr double kLog2e = 1.4426950408889634;
 
-typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
-typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t))));
 using BFloat16 = torch::headeronly::BFloat16;
 using Half = torch::headeronly::Half;
 
@@ -69,239 +61,6 @@ class Buffer {  // aligned for vectors, which std::vector's allocator does not s
   T* data_;
 };
 
-template <typename V>
-LYRA_INLINE V load(const void* from) {
-  V v;
-  std::memcpy(&v, from, sizeof(V));
-  return v;
-}
-
-// 2^x, 0 below the normal numbers, infinity above them, NaN for NaN. The polynomial is fitted to 2^y, |y| <= 1/2, with
-// a relative error of 2e-9.
-LYRA_INLINE Vec exp2(Vec x) {
-  constexpr float kRound = 12582912.0f + 127;  // 1.5 2^23: the sum's low bits are the rounded x, plus exponent bias
-  x = x < -127.0f ? Vec{} - 127.0f : x;
-  x = x > 128.0f ? Vec{} + 128.0f : x;
-  const Vec rounded = x + kRound;
-  const Vec y = x - (rounded - kRound);
-  Vec power = y * 1.53707048e-4f + 1.33998483e-3f;
-  power = power * y + 9.61837325e-3f;
-  power = power * y + 5.55032904e-2f;
-  power = power * y + 2.40226485e-1f;
-  power = power * y + 6.93147206e-1f;
-  power = power * y + 1.0f;
-  return power * std::bit_cast<Vec>(std::bit_cast<Ints>(rounded) << 23);
-}
-
-// Up to kChunk query rows of one key head, as both passes see them.
-template <typename E>
-struct Chunk {
-  int64_t dim, vectors = 0;
-  float scale;                              // of a logit, in units of log 2
-  Buffer<E> query;                          // panels of V vectors: (dim, V kLanes); pairs: (dim / 2, V kLanes, 2)
-  Buffer<int32_t> limits;                   // a row sees the keys before this place; 0 for what fills the last vector
-  int32_t least[kVectors], most[kVectors];  // of the limits of each vector
-  Buffer<float> base, factor;               // the share of a key in a row is 2^(logit - base) factor
-
-  Chunk(int64_t dim, float scale)
-      : dim(dim), scale(scale), query(kChunk * dim), limits(kChunk), base(kChunk), factor(kChunk) {}
-};
-
-// Up to kKeys keys, filled up to whole tiles with keys that nobody sees.
-template <typename E>
-struct Block {
-  const E* keys[kKeys];
-  int32_t places[kKeys];
-  float bias[kKeys];  // in units of log 2
-  int64_t filled = 0;
-};
-
-template <int V, int N>
-LYRA_INLINE void multiply(const float* panel, const float* const* keys, int64_t dim, Vec (&sums)[N][V]) {
-  for (int64_t d = 0; d < dim; ++d) {
-    Vec q[V];
-#pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) q[v] = load<Vec>(panel + (d * V + v) * kLanes);
-#pragma GCC unroll 12
-    for (int n = 0; n < N; ++n) {
-#pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) sums[n][v] += q[v] * keys[n][d];
-    }
-  }
-}
-
-// sum += q[2 i] k[2 i] + q[2 i + 1] k[2 i + 1]. The instruction itself, because the intrinsic could only be called from
-// functions that are compiled for such a CPU, and these are inlined into one that is.
-LYRA_INLINE Vec add_pairs(Vec sum, Ints q, Ints k) {
-#ifdef __x86_64__
-  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(q), "v"(k));
-#endif
-  return sum;
-}
-
-template <int V, int N>
-LYRA_INLINE void multiply(const uint16_t* panel, const uint16_t* const* keys, int64_t dim, Vec (&sums)[N][V]) {
-  for (int64_t d = 0; d < dim; d += 2) {
-    Ints q[V];
-#pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) q[v] = load<Ints>(panel + (d * V + 2 * v) * kLanes);
-#pragma GCC unroll 12
-    for (int n = 0; n < N; ++n) {
-      const Ints k = Ints{} + load<int32_t>(keys[n] + d);
-#pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) sums[n][v] = add_pairs(sums[n][v], q[v], k);
-    }
-  }
-}
-
-// V vectors of rows of a chunk.
-template <int V, typename E>
-struct Panel {
-  const E* query;
-  const int32_t* limits;
-  int64_t dim;
-  float scale;
-  int32_t least, most;
-
-  LYRA_INLINE Panel(const Chunk<E>& c, int64_t first)
-      : query(c.query.data() + first * kLanes * c.dim),
-        limits(c.limits.data() + first * kLanes),
-        dim(c.dim),
-        scale(c.scale),
-        least(c.least[first]),
-        most(c.most[first]) {
-    if (V == 2) {
-      least = std::min(least, c.least[first + 1]);
-      most = std::max(most, c.most[first + 1]);
-    }
-  }
-};
-
-// Logits of a panel and keys j .. j + N - 1 of a block; -inf where the row does not see the key.
-template <int V, int N, typename E>
-LYRA_INLINE void tile(const Panel<V, E>& panel, const Block<E>& block, int64_t j, Vec (&logits)[N][V]) {
-  Vec sums[N][V] = {};
-  multiply<V, N>(panel.query, block.keys + j, panel.dim, sums);
-  const bool all_seen = block.places[j + N - 1] < panel.least;
-#pragma GCC unroll 12
-  for (int n = 0; n < N; ++n) {
-#pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) {
-      logits[n][v] = sums[n][v] * panel.scale + block.bias[j + n];
-      if (all_seen) continue;
-      logits[n][v] = block.places[j + n] < load<Ints>(panel.limits + v * kLanes) ? logits[n][v] : Vec{} + kNone;
-    }
-  }
-}
-
-// Takes a block of keys into the largest logit and the sum of powers of each row of a panel.
-template <int V, int N, typename E>
-LYRA_INLINE void add_norms(const Panel<V, E>& panel, const Block<E>& block, Vec* largest, Vec* sum) {
-  for (int64_t j = 0; j < block.filled && block.places[j] < panel.most; j += N) {
-    Vec logits[N][V];
-    tile(panel, block, j, logits);
-#pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) {
-      Vec top = largest[v];
-#pragma GCC unroll 12
-      for (int n = 0; n < N; ++n) top = logits[n][v] > top ? logits[n][v] : top;
-      const Vec base = top == kNone ? Vec{} : top;
-      Vec total = {};
-#pragma GCC unroll 12
-      for (int n = 0; n < N; ++n) total += exp2(logits[n][v] - base);
-      sum[v] = sum[v] * exp2(largest[v] - base) + total;
-      largest[v] = top;
-    }
-  }
-}
-
-// Adds the shares of the rows of a panel to the keys of a block.
-template <int V, int N, typename E>
-LYRA_INLINE void add_shares(const Panel<V, E>& panel, const Block<E>& block, const float* base, const float* factor,
-                            Vec* totals) {
-  for (int64_t j = 0; j < block.filled && block.places[j] < panel.most; j += N) {
-    Vec logits[N][V];
-    tile(panel, block, j, logits);
-#pragma GCC unroll 12
-    for (int n = 0; n < N; ++n) {
-      Vec total = {};
-#pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) {
-        total += exp2(logits[n][v] - load<Vec>(base + v * kLanes)) * load<Vec>(factor + v * kLanes);
-      }
-      totals[j + n] += total;
-    }
-  }
-}
-
-// The passes over a block, for the rows of vectors first .. first + 1 of a chunk.
-template <int V, int N, typename E>
-LYRA_INLINE void norms_of(const Chunk<E>& c, const Block<E>& block, int64_t first, Vec* largest, Vec* sum) {
-  if (V == 2 && first + 1 < c.vectors)
-    add_norms<V, N>(Panel<V, E>(c, first), block, largest, sum);
-  else
-    for (int64_t i = first; i < std::min<int64_t>(first + 2, c.vectors); ++i)
-      add_norms<1, N>(Panel<1, E>(c, i), block, largest + i - first, sum + i - first);
-}
-
-template <int V, int N, typename E>
-LYRA_INLINE void shares_of(const Chunk<E>& c, const Block<E>& block, Vec* totals) {
-  int64_t i = 0;
-  for (; V == 2 && i + 1 < c.vectors; i += 2) {
-    add_shares<V, N>(Panel<V, E>(c, i), block, c.base.data() + i * kLanes, c.factor.data() + i * kLanes, totals);
-  }
-  for (; i < c.vectors; ++i) {
-    add_shares<1, N>(Panel<1, E>(c, i), block, c.base.data() + i * kLanes, c.factor.data() + i * kLanes, totals);
-  }
-}
-
-// Each pass compiled for the CPUs that there are: tiles of 2 x 12 need the 32 wide registers of x86-64-v4.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define LYRA_WIDE __attribute__((target("arch=x86-64-v4")))
-bool cpu_is_wide() { return __builtin_cpu_supports("x86-64-v4"); }
-bool cpu_has_pairs() { return cpu_is_wide() && __builtin_cpu_supports("avx512bf16"); }
-#else
-#define LYRA_WIDE
-bool cpu_is_wide() { return false; }
-bool cpu_has_pairs() { return false; }
-#endif
-
-LYRA_WIDE void norms_wide(const Chunk<float>& c, const Block<float>& block, int64_t first, Vec* largest, Vec* sum) {
-  norms_of<2, 12>(c, block, first, largest, sum);
-}
-LYRA_WIDE void norms_wide(const Chunk<uint16_t>& c, const Block<uint16_t>& block, int64_t first, Vec* largest,
-                          Vec* sum) {
-  norms_of<2, 12>(c, block, first, largest, sum);
-}
-LYRA_SIMD void norms_narrow(const Chunk<float>& c, const Block<float>& block, int64_t first, Vec* largest, Vec* sum) {
-  norms_of<1, 6>(c, block, first, largest, sum);
-}
-LYRA_WIDE void shares_wide(const Chunk<float>& c, const Block<float>& block, Vec* totals) {
-  shares_of<2, 12>(c, block, totals);
-}
-LYRA_WIDE void shares_wide(const Chunk<uint16_t>& c, const Block<uint16_t>& block, Vec* totals) {
-  shares_of<2, 12>(c, block, totals);
-}
-LYRA_SIMD void shares_narrow(const Chunk<float>& c, const Block<float>& block, Vec* totals) {
-  shares_of<1, 6>(c, block, totals);
-}
-
-template <typename E>
-void norms(bool wide, const Chunk<E>& c, const Block<E>& block, int64_t first, Vec* largest, Vec* sum) {
-  if constexpr (std::is_same_v<E, float>) {
-    if (!wide) return norms_narrow(c, block, first, largest, sum);
-  }
-  norms_wide(c, block, first, largest, sum);
-}
-
-template <typename E>
-void shares(bool wide, const Chunk<E>& c, const Block<E>& block, Vec* totals) {
-  if constexpr (std::is_same_v<E, float>) {
-    if (!wide) return shares_narrow(c, block, totals);
-  }
-  shares_wide(c, block, totals);
-}
-
 // A tensor of one sample (heads, tokens, channels).
 struct Source {
   const char* data;
@@ -311,21 +70,27 @@ struct Source {
   const char* at(int64_t head, int64_t token) const { return data + (head * strides[0] + token * strides[1]) * item; }
 };
 
-template <typename T>
-void as_floats(const char* from, int64_t step, int64_t count, float* to, int64_t to_step) {
+template <typename T, typename E>
+void copy(const char* from, int64_t step, int64_t count, E* to) {
   const T* source = reinterpret_cast<const T*>(from);
-  for (int64_t i = 0; i < count; ++i) to[i * to_step] = static_cast<float>(source[i * step]);
+  if (step == 1)
+    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<E>(source[i]);
+  else
+    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<E>(source[i * step]);
 }
 
-// The channels of a token, `to_step` apart.
-void as_floats(const Source& s, int64_t head, int64_t token, int64_t count, float* to, int64_t to_step) {
+// The channels of a token, side by side: as floats, or the bits of bfloat16.
+template <typename E>
+void channels(const Source& s, int64_t head, int64_t token, int64_t count, E* to) {
   const char* from = s.at(head, token);
-  if (s.type == ScalarType::Float)
-    as_floats<float>(from, s.strides[2], count, to, to_step);
+  if constexpr (std::is_same_v<E, uint16_t>)
+    copy<uint16_t>(from, s.strides[2], count, to);
+  else if (s.type == ScalarType::Float)
+    copy<float>(from, s.strides[2], count, to);
   else if (s.type == ScalarType::Half)
-    as_floats<Half>(from, s.strides[2], count, to, to_step);
+    copy<Half>(from, s.strides[2], count, to);
   else
-    as_floats<BFloat16>(from, s.strides[2], count, to, to_step);
+    copy<BFloat16>(from, s.strides[2], count, to);
 }
 
 struct Sample {
@@ -333,143 +98,237 @@ struct Sample {
   int64_t heads, kv_heads, dim;
   double scale;                       // of a logit, in units of log 2
   std::vector<int32_t> rows, limits;  // the rows that count, and the keys before which place they see
-  std::vector<int32_t> keys;          // the keys that are real, increasing
-  const float* key_bias;              // of all places, or null
-  const float* head_weights;          // (heads,), or null
-  const float* lse_float;             // (heads, lse_stride), or null; either of both
+  std::vector<int32_t> keys;          // the keys that are real, increasing; kNowhere fills the last block
+  int64_t n_keys;
+  const float* key_bias;      // of all places, or null
+  const float* head_weights;  // (heads,), or null
+  const float* lse_float;     // (heads, lse_stride), or null; either of both
   const double* lse_double;
   int64_t lse_stride;
 };
 
-// Row i of the heads first_head .. : row i % n of the (i / n)-th of them, n = rows that count.
+// Blocks of a head's keys, one at a time, copied: what lies far apart in memory meets in few places of a cache.
 template <typename E>
-void fill_chunk(const Sample& s, int64_t first_head, int64_t first, int64_t count, bool wide, Chunk<E>& c) {
-  const int64_t n = static_cast<int64_t>(s.rows.size());
-  c.vectors = (count + kLanes - 1) / kLanes;
-  std::fill(c.query.data(), c.query.data() + c.vectors * kLanes * c.dim, E(0));
-  std::fill(c.limits.data(), c.limits.data() + kChunk, 0);
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t head = first_head + (first + i) / n, row = (first + i) % n;
-    const int64_t vector = i / kLanes, lane = i % kLanes;
-    const bool paired = wide && (vector | 1) < c.vectors;  // with its neighbour in a panel of two
-    const int64_t V = paired ? 2 : 1;
-    E* panel = c.query.data() + (paired ? vector & ~1 : vector) * kLanes * c.dim +
-               (paired ? vector & 1 : 0) * (std::is_same_v<E, float> ? kLanes : 2 * kLanes);
-    if constexpr (std::is_same_v<E, float>) {
-      as_floats(s.query, head, s.rows[row], c.dim, panel + lane, V * kLanes);
-    } else {
-      const E* from = reinterpret_cast<const E*>(s.query.at(head, s.rows[row]));
-      for (int64_t d = 0; d < c.dim; ++d) {
-        panel[d / 2 * V * 2 * kLanes + 2 * lane + d % 2] = from[d * s.query.strides[2]];
-      }
+class Keys {
+ public:
+  explicit Keys(const Sample& s) : s_(s), keys_(kKeys * s.dim) {
+    block_.keys = keys_.data();
+    std::fill(block_.bias, block_.bias + kKeys, 0.0f);
+    std::fill(keys_.data(), keys_.data() + kKeys * s.dim, E(0));
+  }
+
+  const Block<E>& at(int64_t head, int64_t block) {
+    const int32_t* places = s_.keys.data() + block * kKeys;
+    if (head == head_ && places == block_.places) return block_;
+    head_ = head;
+    block_.places = places;
+    for (int64_t k = 0; k < std::min<int64_t>(kKeys, s_.n_keys - block * kKeys); ++k) {
+      channels<E>(s_.key, head, places[k], s_.dim, keys_.data() + k * s_.dim);
+      if (s_.key_bias) block_.bias[k] = static_cast<float>(s_.key_bias[places[k]] * kLog2e);
     }
-    c.limits[i] = s.limits[row];
+    return block_;
   }
-  for (int64_t v = 0; v < c.vectors; ++v) {
-    const auto [least, most] = std::minmax_element(c.limits.data() + v * kLanes, c.limits.data() + (v + 1) * kLanes);
-    c.least[v] = *least;
-    c.most[v] = *most;
-  }
-}
 
-// Keys first .. of the real ones; `converted` holds them where they have to become floats.
+ private:
+  const Sample& s_;
+  Buffer<E> keys_;
+  int64_t head_ = -1;
+  Block<E> block_{};
+};
+
+// The panels of a sample, a few at a time, through both passes.
 template <typename E>
-void fill_block(const Sample& s, int64_t head, int64_t first, float* converted, Block<E>& block) {
-  const int64_t count = std::min<int64_t>(kKeys, static_cast<int64_t>(s.keys.size()) - first);
-  block.filled = (count + 11) / 12 * 12;
-  for (int64_t k = 0; k < block.filled; ++k) {
-    const int32_t place = s.keys[first + std::min(k, count - 1)];
-    block.places[k] = k < count ? place : std::numeric_limits<int32_t>::max();
-    block.bias[k] = s.key_bias ? static_cast<float>(s.key_bias[place] * kLog2e) : 0.0f;
-    if (converted && k < count) as_floats(s.key, head, place, s.dim, converted + k * s.dim, 1);
-    block.keys[k] = converted ? reinterpret_cast<const E*>(converted + std::min(k, count - 1) * s.dim)
-                              : reinterpret_cast<const E*>(s.key.at(head, place));
+class Scoring {
+ public:
+  Scoring(const Sample& s, bool wide, bool per_head, int64_t head_stride, float* scores)
+      : s_(s),
+        wide_(wide),
+        given_(s.lse_float || s.lse_double),
+        weighted_(!per_head),
+        together_(per_head ? 1 : s.heads / s.kv_heads),
+        n_rows_(static_cast<int64_t>(s.rows.size())),
+        head_panels_((together_ * n_rows_ + kRows - 1) / kRows),
+        total_(s.heads / together_ * head_panels_),
+        blocks_((s.n_keys + kKeys - 1) / kKeys),
+        fitting_(kKept / panel_bytes()),
+        kept_(!given_ && fitting_ > 0),
+        part_(kept_ ? 1 : kPart),
+        parts_(given_ ? 1 : (blocks_ + part_ - 1) / part_),
+        most_(evenly(kept_ ? fitting_ : kTogether)),
+        query_(most_ * kRows * s.dim),
+        powers_(kept_ ? most_ * blocks_ * kPowers : 0),
+        base_(most_ * parts_ * kRows),
+        weight_(most_ * parts_ * kRows),
+        panels_(most_),
+        scores_(scores),
+        scores_stride_(per_head ? head_stride : 0) {}
+
+  void run() {
+    for (int64_t first = 0; first < total_; first += most_) {
+      const int64_t count = std::min(most_, total_ - first);
+      for (int64_t p = 0; p < count; ++p) fill(first + p, p);
+      if (!given_) find_norms(first, count);
+      add_shares(first, count);
+    }
   }
-}
 
-// Adds the shares of heads first_head .. first_head + n_heads - 1, which share a key head, to scores (L,).
-template <typename E>
-void score_heads(const Sample& s, int64_t first_head, int64_t n_heads, bool wide, bool weighted, Chunk<E>& c,
-                 float* scores) {
-  const int64_t head = first_head / (s.heads / s.kv_heads), n_keys = static_cast<int64_t>(s.keys.size());
-  const int64_t n = static_cast<int64_t>(s.rows.size()), n_rows = n_heads * n;
-  const bool convert = std::is_same_v<E, float> && (s.key.type != ScalarType::Float || s.key.strides[2] != 1);
-  const bool given = s.lse_float || s.lse_double;
-  const int64_t splits = given ? 0 : (n_keys + kSplit - 1) / kSplit;
-  Buffer<float> split_largest(splits * kChunk), split_sum(splits * kChunk);
-  for (int64_t first = 0; first < n_rows; first += kChunk) {
-    const int64_t count = std::min<int64_t>(kChunk, n_rows - first);
-    fill_chunk(s, first_head, first, count, wide, c);
+ private:
+  // Of a panel: its rows, and the norms and powers that are kept.
+  int64_t panel_bytes() const {
+    return kRows * s_.dim * sizeof(E) + blocks_ * (kPowers + 2 * kRows) * static_cast<int64_t>(sizeof(float));
+  }
+  // Of at most so many panels at a time, about as many in each round.
+  int64_t evenly(int64_t most) const {
+    const int64_t rounds = (total_ + most - 1) / most;
+    return (total_ + rounds - 1) / rounds;
+  }
 
-    const int64_t panels = (c.vectors + 1) / 2;
-    torch::stable::parallel_for(0, splits * panels, 1, [&](int64_t begin, int64_t end) {
-      Buffer<float> converted(convert ? kKeys * s.dim : 0);
-      Block<E> block;
+  int64_t query_head(int64_t panel) const { return panel / head_panels_ * together_; }
+  int64_t key_head(int64_t panel) const { return query_head(panel) / (s_.heads / s_.kv_heads); }
+  float* scores_of(int64_t panel) const { return scores_ + query_head(panel) * scores_stride_; }
+
+  // Of the rows that share a key head, i is row i % n of the (i / n)-th query head.
+  void fill(int64_t panel, int64_t slot) {
+    const int64_t first = panel % head_panels_ * kRows, count = std::min<int64_t>(kRows, together_ * n_rows_ - first);
+    Panel<E>& to = panels_[slot];
+    to = {s_.dim,
+          (count + kLanes - 1) / kLanes,
+          wide_ && count > kLanes,
+          static_cast<float>(s_.scale),
+          query_.data() + slot * kRows * s_.dim,
+          {},
+          {},
+          {}};
+    std::fill(to.query, to.query + kRows * s_.dim, E(0));
+    std::vector<E> token(s_.dim);
+    constexpr int64_t kSide = std::is_same_v<E, float> ? 1 : 2;  // channels of a row that lie side by side
+    const int64_t step = (to.paired ? 2 : 1) * kSide * kLanes;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t head = query_head(panel) + (first + i) / n_rows_, row = (first + i) % n_rows_;
+      const int64_t vector = i / kLanes, lane = i % kLanes;
+      E* own = to.query + vector * (to.paired ? kSide : s_.dim) * kLanes + kSide * lane;
+      channels<E>(s_.query, head, s_.rows[row], s_.dim, token.data());
+      for (int64_t d = 0; d < s_.dim; ++d) own[d / kSide * step + d % kSide] = token[d];
+      to.limits[i] = s_.limits[row];
+    }
+    for (int v = 0; v < 2; ++v) {
+      const auto [least, most] = std::minmax_element(to.limits + v * kLanes, to.limits + (v + 1) * kLanes);
+      to.least[v] = *least;
+      to.most[v] = *most;
+    }
+    if (given_) take_norms(panel, slot, first, count);
+  }
+
+  double share(int64_t head) const {
+    const double weight = !weighted_ ? 1.0 : s_.head_weights ? s_.head_weights[head] : 1.0 / s_.heads;
+    return weight / static_cast<double>(n_rows_);
+  }
+
+  void take_norms(int64_t panel, int64_t slot, int64_t first, int64_t count) {
+    for (int64_t i = 0; i < kRows; ++i) {
+      float &base = base_[slot * kRows + i], &weight = weight_[slot * kRows + i];
+      base = weight = 0;
+      if (i >= count) continue;
+      const int64_t head = query_head(panel) + (first + i) / n_rows_;
+      const int64_t at = head * s_.lse_stride + s_.rows[(first + i) % n_rows_];
+      const double norm = (s_.lse_float ? s_.lse_float[at] : s_.lse_double[at]) * kLog2e;
+      base = static_cast<float>(norm);
+      weight = static_cast<float>(share(head) * std::exp2(base - norm));
+    }
+  }
+
+  float* powers(int64_t slot, int64_t block) const { return powers_.data() + (slot * blocks_ + block) * kPowers; }
+
+  void find_norms(int64_t first, int64_t count) {
+    // Kept powers: each block with each panel. Otherwise parts of several blocks, each with all panels while it is
+    // near.
+    const int64_t groups = kept_ ? count : 1;
+    torch::stable::parallel_for(0, parts_ * groups, 1, [&](int64_t begin, int64_t end) {
+      alignas(64) float passing[kPowers], largest[kRows], sum[kRows];
+      Keys<E> keys(s_);
       for (int64_t task = begin; task < end; ++task) {
-        const int64_t split = task / panels, vector = task % panels * 2;
-        Vec largest[2] = {Vec{} + kNone, Vec{} + kNone}, sum[2] = {};
-        for (int64_t j = split * kSplit; j < std::min<int64_t>(n_keys, (split + 1) * kSplit); j += kKeys) {
-          fill_block(s, head, j, convert ? converted.data() : nullptr, block);
-          norms(wide, c, block, vector, largest, sum);
+        const int64_t part = task / groups, start = part * part_;
+        const int64_t from = kept_ ? task % groups : 0, to = kept_ ? from + 1 : count;
+        for (int64_t b = start; b < std::min(blocks_, start + part_); ++b) {
+          for (int64_t p = from; p < to; ++p) {
+            std::fill(largest, largest + kRows, kNone);
+            std::fill(sum, sum + kRows, 0.0f);
+            powers_of(panels_[p], keys.at(key_head(first + p), b), kept_ ? powers(p, b) : passing, largest, sum);
+            const int64_t at = (p * parts_ + part) * kRows;
+            if (b > start) {
+              merge(largest, sum, base_.data() + at, weight_.data() + at);
+            } else {
+              std::copy(largest, largest + kRows, base_.data() + at);
+              std::copy(sum, sum + kRows, weight_.data() + at);
+            }
+          }
         }
-        std::memcpy(split_largest.data() + split * kChunk + vector * kLanes, largest, sizeof(largest));
-        std::memcpy(split_sum.data() + split * kChunk + vector * kLanes, sum, sizeof(sum));
       }
     });
-
-    for (int64_t i = 0; i < kChunk; ++i) {
-      c.base[i] = c.factor[i] = 0;
-      if (i >= count) continue;
-      const int64_t query_head = first_head + (first + i) / n, row = s.rows[(first + i) % n];
-      const double weight = !weighted ? 1.0 : s.head_weights ? s.head_weights[query_head] : 1.0 / s.heads;
-      const double share = weight / static_cast<double>(n);
-      if (given) {
-        const int64_t at = query_head * s.lse_stride + row;
-        const double norm = (s.lse_float ? s.lse_float[at] : s.lse_double[at]) * kLog2e;
-        c.base[i] = static_cast<float>(norm);
-        c.factor[i] = static_cast<float>(share * std::exp2(c.base[i] - norm));
-        continue;
+    for (int64_t p = 0; p < count; ++p) {
+      float shares[kRows] = {};
+      const int64_t start = (first + p) % head_panels_ * kRows;
+      for (int64_t i = start; i < std::min(start + kRows, together_ * n_rows_); ++i) {
+        shares[i - start] = static_cast<float>(share(query_head(first + p) + i / n_rows_));
       }
-      float largest = kNone;
-      for (int64_t j = 0; j < splits; ++j) largest = std::max(largest, split_largest[j * kChunk + i]);
-      double total = 0;
-      for (int64_t j = 0; j < splits; ++j) {
-        const float top = split_largest[j * kChunk + i];
-        if (top != kNone)
-          total += std::exp2(static_cast<double>(top) - largest) * split_sum[j * kChunk + i];
-        else if (std::isnan(split_sum[j * kChunk + i]))
-          total = std::numeric_limits<double>::quiet_NaN();
-      }
-      c.base[i] = largest == kNone ? 0 : largest;
-      c.factor[i] = static_cast<float>(share / total);
+      norm(parts_, shares, base_.data() + p * parts_ * kRows, weight_.data() + p * parts_ * kRows);
     }
+  }
 
-    torch::stable::parallel_for(0, (n_keys + kKeys - 1) / kKeys, 1, [&](int64_t begin, int64_t end) {
-      Buffer<float> converted(convert ? kKeys * s.dim : 0);
-      Block<E> block;
+  void add_shares(int64_t first, int64_t count) {
+    torch::stable::parallel_for(0, blocks_, 1, [&](int64_t begin, int64_t end) {
+      Keys<E> keys(s_);
       Vec totals[kKeys];
       for (int64_t b = begin; b < end; ++b) {
-        fill_block(s, head, b * kKeys, convert ? converted.data() : nullptr, block);
+        const int32_t* places = s_.keys.data() + b * kKeys;
         std::fill(totals, totals + kKeys, Vec{});
-        shares(wide, c, block, totals);
-        for (int64_t k = 0; k < std::min<int64_t>(kKeys, n_keys - b * kKeys); ++k) {
-          float total = 0;
-          for (int lane = 0; lane < kLanes; ++lane) total += totals[k][lane];
-          scores[block.places[k]] += total;
+        for (int64_t p = 0; p < count; ++p) {
+          const int64_t at = (p * parts_ + (given_ ? 0 : b / part_)) * kRows;
+          if (kept_)
+            kept_shares(panels_[p], places, powers(p, b), weight_.data() + at, totals);
+          else
+            fresh_shares(panels_[p], keys.at(key_head(first + p), b), base_.data() + at, weight_.data() + at, totals);
+          if (p + 1 < count && scores_of(first + p + 1) == scores_of(first + p)) continue;
+          add_totals(totals, places, std::min<int64_t>(kKeys, s_.n_keys - b * kKeys), scores_of(first + p));
+          std::fill(totals, totals + kKeys, Vec{});
         }
       }
     });
   }
-}
 
-template <typename E>
-void score_sample(const Sample& s, bool wide, bool per_head, int64_t head_stride, float* scores) {
-  Chunk<E> chunk(s.dim, static_cast<float>(s.scale));
-  const int64_t group = s.heads / s.kv_heads;
-  for (int64_t head = 0; head < s.heads; head += per_head ? 1 : group) {
-    score_heads(s, head, per_head ? 1 : group, wide, !per_head, chunk, scores + (per_head ? head * head_stride : 0));
+  void powers_of(const Panel<E>& panel, const Block<E>& block, float* powers, float* largest, float* sum) const {
+    if constexpr (std::is_same_v<E, float>) {
+      if (!wide_) return powers_narrow(panel, block, powers, largest, sum);
+    }
+    powers_wide(panel, block, powers, largest, sum);
   }
-}
+  void kept_shares(const Panel<E>& panel, const int32_t* places, const float* powers, const float* weight,
+                   Vec* totals) const {
+    if constexpr (std::is_same_v<E, float>) {
+      if (!wide_) return kept_narrow(panel, places, powers, weight, totals);
+    }
+    kept_wide(panel, places, powers, weight, totals);
+  }
+  void fresh_shares(const Panel<E>& panel, const Block<E>& block, const float* base, const float* weight,
+                    Vec* totals) const {
+    if constexpr (std::is_same_v<E, float>) {
+      if (!wide_) return fresh_narrow(panel, block, base, weight, totals);
+    }
+    fresh_wide(panel, block, base, weight, totals);
+  }
+
+  const Sample& s_;
+  const bool wide_, given_, weighted_;
+  const int64_t together_, n_rows_, head_panels_, total_;  // heads that share panels; panels of those heads, of all
+  const int64_t blocks_, fitting_;                         // fitting_: panels whose powers kKept holds
+  const bool kept_;
+  const int64_t part_, parts_, most_;  // blocks that share a norm; norms of a row; panels at a time
+  Buffer<E> query_;
+  Buffer<float> powers_, base_, weight_;  // per panel: (blocks_, kPowers), (parts_, kRows), (parts_, kRows)
+  std::vector<Panel<E>> panels_;
+  float* scores_;
+  const int64_t scores_stride_;
+};
 
 std::optional<Tensor> checked(const char* name, const std::optional<Tensor>& given,
                               std::initializer_list<int64_t> shape, std::initializer_list<ScalarType> types) {
@@ -541,7 +400,7 @@ Tensor token_scores(const Tensor& query, const Tensor& key, const std::optional<
   std::fill(result, result + scores.numel(), 0.0f);
   const int64_t item = static_cast<int64_t>(query.element_size());
   const bool wide = cpu_is_wide();
-  const bool pairs = type == ScalarType::BFloat16 && dim % 2 == 0 && key.stride(3) == 1 && cpu_has_pairs();
+  const bool pairs = type == ScalarType::BFloat16 && dim % 2 == 0 && cpu_has_pairs();
 
   const auto score = [&](int64_t b) {
     // A padded sample is a row of the batch; packed ones stand in its only row.
@@ -567,6 +426,7 @@ Tensor token_scores(const Tensor& query, const Tensor& key, const std::optional<
              {},
              {},
              {},
+             0,
              of_keys(data<float>(bias, ScalarType::Float)),
              weights ? weights->const_data_ptr<float>() + b * heads : nullptr,
              of_heads(data<float>(norms, ScalarType::Float)),
@@ -581,6 +441,8 @@ Tensor token_scores(const Tensor& query, const Tensor& key, const std::optional<
       }
     }
     if (s.keys.empty()) return;
+    s.n_keys = static_cast<int64_t>(s.keys.size());
+    s.keys.resize((s.keys.size() + kKeys - 1) / kKeys * kKeys, kNowhere);
     for (int64_t r = 0; r < n_rows; ++r) {
       int64_t limit = causal ? n_keys - n_rows + r + 1 : n_keys;
       if (limit_of) limit = std::min<int64_t>(limit, limit_of[r]);
@@ -590,7 +452,8 @@ Tensor token_scores(const Tensor& query, const Tensor& key, const std::optional<
     }
     if (s.rows.empty()) return;
     float* to = result + (per_head ? row * heads * length : row * length) + key_start;
-    pairs ? score_sample<uint16_t>(s, true, per_head, length, to) : score_sample<float>(s, wide, per_head, length, to);
+    pairs ? Scoring<uint16_t>(s, true, per_head, length, to).run()
+          : Scoring<float>(s, wide, per_head, length, to).run();
   };
   // Samples side by side where there are enough of them; else what is inside a sample.
   torch::stable::parallel_for(0, samples, samples < torch::stable::get_num_threads() ? samples : 1,

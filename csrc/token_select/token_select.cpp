@@ -14,6 +14,9 @@
 // names:
 //   out[b, k] = in[b, index[b, k]], or with flat in[v / L, v % L], v = index[b, k]; fill where index is -1.
 // Its backward is itself, by the inverse map: no two tokens share a place.
+//
+// token_select_extract.  The three, one after the other, padded in; `bias` (B, L) float32 is added to the scores. On a
+// GPU a sample that needs more than capacity fails a device-side assertion.
 #include "token_select.h"
 
 #include <torch/csrc/stable/library.h>
@@ -44,6 +47,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lyra, m) {
       " SymInt? count, SymInt min_keep, SymInt capacity, int layout, Tensor? cu_seqlens)"
       " -> (Tensor index, Tensor lengths, Tensor inverse)");
   m.def("token_select_gather(Tensor[] tensors, Tensor index, bool[] planes, float[] fill, bool flat) -> Tensor[]");
+  m.def(
+      "token_select_extract(Tensor query, Tensor key, Tensor candidates, Tensor[] tensors, Tensor? query_mask,"
+      " Tensor? key_mask, Tensor? key_limits, Tensor? key_bias, Tensor? head_weights, float scale, bool causal,"
+      " Tensor? lse, Tensor? bias, Tensor? segments, Tensor? keep, float? share, SymInt? count, SymInt min_keep,"
+      " SymInt capacity, int layout, bool[] planes, float[] fill)"
+      " -> (Tensor index, Tensor lengths, Tensor inverse, Tensor[] outputs)");
 }
 
 namespace lyra::token_select {
@@ -364,6 +373,28 @@ std::vector<Tensor> gather_tokens(const std::vector<Tensor>& tensors, const Tens
   return results;
 }
 
+std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> extract_tokens(
+    const Tensor& query, const Tensor& key, const Tensor& candidates, const std::vector<Tensor>& tensors,
+    const std::optional<Tensor>& query_mask, const std::optional<Tensor>& key_mask,
+    const std::optional<Tensor>& key_limits, const std::optional<Tensor>& key_bias,
+    const std::optional<Tensor>& head_weights, double scale, bool causal, const std::optional<Tensor>& lse,
+    const std::optional<Tensor>& bias, const std::optional<Tensor>& segments, const std::optional<Tensor>& keep,
+    std::optional<double> share, std::optional<int64_t> count, int64_t min_keep, int64_t capacity, int64_t layout,
+    std::vector<bool> planes, std::vector<double> fill) {
+  Tensor scores = token_scores(query, key, query_mask, key_mask, key_limits, key_bias, head_weights, scale, causal, lse,
+                               false, std::nullopt, std::nullopt);
+  if (bias) {
+    check_shape("bias", *bias, {scores.size(0), scores.size(1)});
+    check_dtype("bias", *bias, ScalarType::Float);
+    const Tensor added = torch::stable::contiguous(*bias);
+    float* to = scores.mutable_data_ptr<float>();
+    for (int64_t i = 0; i < scores.numel(); ++i) to[i] += added.const_data_ptr<float>()[i];
+  }
+  auto [index, lengths, inverse] = select_tokens(scores, candidates, key_mask, segments, keep, share, count, min_keep,
+                                                 capacity, layout, std::nullopt);
+  return {index, lengths, inverse, gather_tokens(tensors, index, planes, fill, layout == kPacked)};
+}
+
 }  // namespace
 }  // namespace lyra::token_select
 
@@ -371,4 +402,5 @@ STABLE_TORCH_LIBRARY_IMPL(lyra, CPU, m) {
   m.impl("token_select_scores", TORCH_BOX(&lyra::token_select::token_scores));
   m.impl("token_select_select", TORCH_BOX(&lyra::token_select::select_tokens));
   m.impl("token_select_gather", TORCH_BOX(&lyra::token_select::gather_tokens));
+  m.impl("token_select_extract", TORCH_BOX(&lyra::token_select::extract_tokens));
 }

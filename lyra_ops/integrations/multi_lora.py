@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -76,6 +77,7 @@ class RoutedLora:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._now: _Assignment | None = None
+        self._followers: dict[_RoutedLinear, list[_RoutedLinear]] = {}  # layers that were given the same input
         self._take_over()
 
     @property
@@ -124,17 +126,18 @@ class RoutedLora:
                 got = f"{int(ids.min())} to {int(ids.max())}"
                 raise ValueError(f"adapters: got ids from {got}, expected -1 (base alone) or one of {known}")
             after = None if new_tokens is None else self._ids("new_tokens", new_tokens)
-            assignment = _Assignment(names, per_token=_Ids(ids, weights), per_sample=after)
+            assignment = _Assignment(names, self._known(), per_token=_Ids(ids, weights), per_sample=after)
         elif new_tokens is not None or weights is not None:
             extra = "new_tokens" if weights is None else "weights"
             raise ValueError(f"{extra}: got some beside names per sample, expected them beside ids per token")
         else:
-            assignment = _Assignment(names, per_token=None, per_sample=self._ids("adapters", adapters))
+            assignment = _Assignment(names, self._known(), per_token=None, per_sample=self._ids("adapters", adapters))
         with self._using(assignment):
             yield
 
     def remove(self) -> None:
         """Gives the model back as it was; nothing happens the second time."""
+        self._followers.clear()
         for module in self._model.modules():
             if module.__dict__.get("_lyra_routed") is self:
                 module.__class__ = module.__dict__.pop("_lyra_before")
@@ -161,6 +164,14 @@ class RoutedLora:
             module.__dict__["_lyra_routed"] = self
             module.__class__ = _routed_class(type(module))
 
+    def _forget(self, first: _RoutedLinear, layer: _RoutedLinear) -> None:
+        """``layer`` has not been given the input of ``first``."""
+        if layer in self._followers.get(first, ()):
+            self._followers[first].remove(layer)
+
+    def _known(self) -> dict[_RoutedLinear, list[_RoutedLinear]]:
+        return {first: list(others) for first, others in self._followers.items()}
+
     def _ids(self, argument: str, choices: Sequence[Choice]) -> _Ids:
         places = {name: e for e, name in enumerate(self.names)}
         if isinstance(choices, (str, Mapping)):
@@ -185,6 +196,9 @@ class RoutedLora:
             yield
         finally:
             self._now = before
+            while assignment is not None and assignment.waiting:
+                layer, (first, *_) = assignment.waiting.popitem()
+                self._forget(first, layer)
 
 
 @dataclass
@@ -207,10 +221,13 @@ class _Assignment:
     """The ids of one `route`, and the routings made of them, which all layers of the same adapters share."""
 
     names: tuple[str, ...]
+    followers: dict  # those known when the route began
     per_token: _Ids | None  # (B, L) or (T,)
     per_sample: _Ids | None  # (B,)
     routings: dict = field(default_factory=dict)
     prepared: dict = field(default_factory=dict)  # by layer
+    waiting: dict = field(default_factory=dict)  # by layer: what it will return when it is called with a certain input
+    last: tuple | None = None  # the input of the last layer that ran, weakly, and the first layer that was given it
 
     def routing(self, x: Tensor, bank: LoraBank) -> LoraRouting:
         shape = x.shape[:-1]
@@ -259,9 +276,12 @@ class _RoutedLinear:
         assignment = self._lyra_routed._now
         if assignment is None or self.disable_adapters or kwargs.get("adapter_names") is not None:
             return super().forward(x, *args, **kwargs)
-        prepared = assignment.prepared.get(self)
-        if prepared is None or not prepared.holds(self.scaling):
-            prepared = assignment.prepared[self] = self._prepare(assignment)
+        if self in assignment.waiting and not (args or kwargs):
+            first, given, state, y = assignment.waiting.pop(self)
+            if given is x and state == _state_of(x):
+                return y
+            self._lyra_routed._forget(first, self)
+        prepared = self._prepared(assignment)
         if prepared.bank is None:
             return super().forward(x, *args, **kwargs)
         if self.merged_adapters:
@@ -269,15 +289,66 @@ class _RoutedLinear:
             raise ValueError(f"adapters: got a route while {merged} is merged, expected unmerge_adapter() before")
         if self.training and len(set(prepared.dropouts.values())) > 1:
             raise ValueError(f"lora_dropout: got {prepared.dropouts}, expected the same for all adapters of a batch")
-        bank, base = prepared.bank, self.base_layer
+        bank, base = prepared.bank, self._modules["base_layer"]
         routing, dropout_p = assignment.routing(x, bank), next(iter(prepared.dropouts.values()))
         if _is_plain(base) and not (args or kwargs):
-            arguments = x, (Base(base.weight, base.bias, None),), (bank,), routing, dropout_p, self.training, None
-            return run_checked(*arguments)[0]
+            if torch.compiler.is_compiling() or (self.training and dropout_p):
+                return self._run([self], x, assignment, routing, dropout_p)[0]
+            return self._run_with_followers(x, assignment, routing)
         y = base(x, *args, **kwargs)
         # What a foreign autograd function returns may be a view that must not be written to, or be kept for backward.
         y = y.clone() if y.requires_grad else y
         return add_adapters(y, x, bank, routing, dropout_p=dropout_p, training=self.training)
+
+    def _run_with_followers(self, x: Tensor, assignment: _Assignment, routing: LoraRouting) -> Tensor:
+        """Runs the layers that are called one after the other with one input (q, k and v; gate and up) at once.
+
+        Which ones these are is seen when they are called, whatever they are called: a layer that is given the very
+        tensor that the layer before it was given follows that one. From the next route on, or at once where there is no
+        graph that a recomputation would have to make again, the first computes what the others will return. They
+        return it if they are given that tensor, unchanged, and else run by themselves. Not with dropout, where every
+        layer has a mask of its own.
+        """
+        followers = self._lyra_routed._followers
+        first = assignment.last[1] if assignment.last and assignment.last[0]() is x else self
+        if first is not self:
+            known = followers.setdefault(first, [])
+            known += [self] if self not in known else []
+        assignment.last = (weakref.ref(x), first)
+        mine = (assignment.followers if torch.is_grad_enabled() else followers).get(self, ())
+        for layer in [layer for layer in mine if assignment.waiting.pop(layer, None)]:  # not called since the last time
+            self._lyra_routed._forget(self, layer)
+        together = [self, *(layer for layer in mine if layer._can_run_with(assignment, routing))]
+        y, *others = self._run(together, x, assignment, routing, 0.0)
+        assignment.waiting.update({layer: (self, x, _state_of(x), y) for layer, y in zip(together[1:], others)})
+        return y
+
+    def _can_run_with(self, assignment: _Assignment, routing: LoraRouting) -> bool:
+        prepared = self._prepared(assignment)
+        return (
+            prepared.bank is not None
+            and prepared.bank.names == routing.names
+            and _is_plain(self.base_layer)
+            and not (self._forward_pre_hooks or "forward" in vars(self))  # which may bring its weights
+            and not (self.disable_adapters or self.merged_adapters)
+            and not (self.training and any(prepared.dropouts.values()))
+        )
+
+    @staticmethod
+    def _run(
+        layers: list[_RoutedLinear], x: Tensor, assignment: _Assignment, routing: LoraRouting, dropout_p: float
+    ) -> Sequence[Tensor]:
+        # Past nn.Module.__getattr__, which takes a microsecond each time.
+        weights = [layer._modules["base_layer"]._parameters for layer in layers]
+        bases = [Base(of_base["weight"], of_base["bias"], None) for of_base in weights]
+        banks = [assignment.prepared[layer].bank for layer in layers]
+        return run_checked(x, bases, banks, routing, dropout_p, layers[0].training, None)
+
+    def _prepared(self, assignment: _Assignment) -> _Prepared:
+        prepared = assignment.prepared.get(self)
+        if prepared is None or not prepared.holds(self.scaling):
+            prepared = assignment.prepared[self] = self._prepare(assignment)
+        return prepared
 
     def _prepare(self, assignment: _Assignment) -> _Prepared:
         """Raises for what cannot be routed; without a bank where the layer has none of the adapters."""
@@ -317,6 +388,11 @@ def _routed_class(before: type) -> type:
     return type(before.__name__, (_RoutedLinear if issubclass(before, BaseTunerLayer) else _RoutedBlock, before), {})
 
 
+def _state_of(x: Tensor) -> tuple:
+    """Differs where what was made of x would have to be made anew: x was written to, or a graph is wanted now."""
+    return None if x.is_inference() else x._version, torch.is_grad_enabled()
+
+
 def _in_inference_mode() -> bool:
     """Tensors made in inference mode cannot be saved for backward, so none is kept for what comes after it."""
     return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
@@ -331,7 +407,8 @@ def _is_linear(layer: BaseTunerLayer) -> bool:
 def _is_plain(base: nn.Module) -> bool:
     """Whether calling ``base`` is F.linear and nothing else: no hooks, offloading, sharding or packed weight."""
     hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
-    return type(base) is nn.Linear and type(base.weight) is nn.Parameter and "forward" not in vars(base) and not hooked
+    weight = base._parameters.get("weight")
+    return type(base) is nn.Linear and type(weight) is nn.Parameter and "forward" not in vars(base) and not hooked
 
 
 def modality_adapters(present: Mapping[str, Tensor], adapters: Mapping[frozenset[str], str | None]) -> list[str | None]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lyra_ops._backend import choose, missing_kernel
 from lyra_ops._checks import FLOAT_DTYPES, INT_DTYPES, check_tensor, readable
-from lyra_ops.multi_lora import cpu, dropout, fused, reference
+from lyra_ops.multi_lora import cpu, dropout, few, fused, reference
 from lyra_ops.multi_lora.bank import BankKeeper, LoraBank
 from lyra_ops.multi_lora.function import Base, Call, linears
 from lyra_ops.multi_lora.plan import Plan
@@ -62,6 +62,7 @@ class LoraRouting:
         self.shape = adapter_ids.shape[: len(shape) - len(slots)]
         self.pairs = adapter_ids.flatten()[:, None] if weights is None else adapter_ids.flatten(0, -2)
         self.blocks = cpu.plan(self.pairs) if readable(adapter_ids) else None
+        self.few = self.blocks is not None and few.fits(self.pairs, self.blocks)
         self._plan: Plan | None = None
 
     def plan(self) -> Plan:
@@ -194,9 +195,13 @@ def run_checked(
     weights = routing.weights
     if weights is not None:
         weights = weights.flatten(0, -2).to(torch.promote_types(dtype, torch.float32)).contiguous()
-    if backend == "cpu":
+    if backend == "cpu" and few.takes(routing, dtype):
+        ys = linears(Call(few, banks, routing, seed, drop), tokens, weights, bases)
+    elif backend == "cpu":
         ys = cpu.linears(Call(cpu, banks, routing, seed, drop), tokens, weights, bases)
     elif backend == "reference":
+        if torch.is_grad_enabled() and any(bank.sums for bank in banks):
+            raise ValueError("bank: got one that accumulates its gradients, which the backend 'reference' cannot")
         ys = []
         for base, bank in zip(bases, banks):
             y = base(tokens) if base.y is None else base.y.flatten(0, -2)

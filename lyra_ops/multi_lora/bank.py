@@ -28,6 +28,13 @@ class Rows(NamedTuple):
     scaling: Tensor  # (R,) float32 (float64 for float64 adapters): the scaling of that adapter
 
 
+class Sums(NamedTuple):
+    """Where the gradients of a bank's adapters are added up: row after row as in `Rows`."""
+
+    a: Tensor  # (R, K)
+    b: Tensor  # (R, N)
+
+
 @dataclass(frozen=True, eq=False)
 class LoraBank:
     """The adapters of one linear layer. Made by `LoraBank.pack`.
@@ -48,6 +55,7 @@ class LoraBank:
     scalings: tuple[float, ...]
     tables: dict = field(default_factory=dict, repr=False)  # of `fused`, which do not depend on values
     kept: dict = field(default_factory=dict, repr=False)  # of `keep`
+    sums: list[Sums] = field(default_factory=list, repr=False)  # one, after `accumulate`
 
     @classmethod
     def pack(cls, adapters: Mapping[str, tuple[Tensor, Tensor, float]]) -> LoraBank:
@@ -72,6 +80,27 @@ class LoraBank:
             ranks=tuple(a.shape[0] for a, _, _ in adapters.values()),
             scalings=tuple(float(scaling) for _, _, scaling in adapters.values()),
         )
+
+    def accumulate(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Lets backward add the gradients up in float32 (float64 for float64 adapters) whatever the adapters' dtype.
+
+        Returns {name: (sum for A (r, K), sum for B (N, r))}, zero at first. From now on backward adds to them and
+        leaves ``A.grad`` and ``B.grad`` as they are; an optimizer step follows the batches that are to count together,
+        and ``zero_()`` begins anew. On a GPU the kernels add in place, in their fixed order. Not with the backend
+        "reference" (hence not under torch.compile on a CPU), and not of gradients that are differentiated themselves.
+        """
+        if not self.sums:
+            like = self.adapters[0][0]
+            wide = torch.promote_types(like.dtype, torch.float32)
+            total, outputs = sum(self.ranks), self.adapters[0][1].shape[0]
+            self.sums.append(Sums(*(like.new_zeros(total, size, dtype=wide) for size in (like.shape[1], outputs))))
+        views = zip(*(rows.split(self.ranks) for rows in self.sums[0]))
+        return {name: (a, b.T) for name, (a, b) in zip(self.names, views)}
+
+    @property
+    def gradient_dtype(self) -> torch.dtype:
+        """In which backward gives the gradients of A and B: their own, or that of the sums."""
+        return self.sums[0].a.dtype if self.sums else self.adapters[0][0].dtype
 
     def rows(self, dtype: torch.dtype) -> Rows:
         """All adapters row after row, in ``dtype``: a differentiable copy, kept as `keep` says; no device sync."""

@@ -1,8 +1,8 @@
 """Routed LoRA on a CPU: each adapter multiplies its own tokens, as they lie in memory where they lie in runs.
 
-The matrix products are torch's own, on the adapters' own memory. Which way a call goes is decided in `linears`, by
-three numbers that may be set to others. Arguments have been checked by the public functions of this package. T tokens,
-S adapters per token.
+The matrix products are torch's own, on the adapters' own memory. Which way a call goes is decided in `linears`, and
+before that in `few`, by three numbers that may be set to others. Arguments have been checked by the public functions of
+this package. T tokens, S adapters per token.
 """
 
 from __future__ import annotations
@@ -71,12 +71,17 @@ def plan(adapter_ids: Tensor) -> list[Block]:
     return blocks
 
 
+def is_uniform(routing) -> bool:
+    """Whether one adapter serves all tokens."""
+    blocks = routing.blocks
+    return len(blocks) == 1 and blocks[0].runs[0][1] is None and routing.weights is None
+
+
 def linears(call: function.Call, x: Tensor, weights: Tensor | None, bases: Sequence[function.Base]) -> list[Tensor]:
     """y (T, N) for each base layer and its bank, x (T, K) being in the dtype of y."""
-    blocks = call.routing.blocks
-    uniform = len(blocks) == 1 and blocks[0].runs[0][1] is None and weights is None
-    if uniform and (len(x) < ONE_NODE or not torch.is_grad_enabled()):
-        options = (blocks[0].runs[0][0], call.seed, call.drop)
+    accumulates = any(bank.sums for bank in call.banks)  # which takes the node
+    if is_uniform(call.routing) and not (torch.is_grad_enabled() and (len(x) >= ONE_NODE or accumulates)):
+        options = (call.routing.blocks[0].runs[0][0], call.seed, call.drop)
         return [add_one(base(x), x, bank, *options) for base, bank in zip(bases, call.banks)]
     return function.linears(call, x, weights, bases)
 
@@ -178,7 +183,8 @@ def gradients(dys, dx, x, banks, blocks, weights, seed, drop, kept, wanted: Grad
         for e, (a, b) in enumerate(bank.adapters):
             for found, want, like in ((of_a, wanted.a, a), (of_b, wanted.b, b)):
                 if want[j][e]:  # zeros, not None, for adapters without tokens
-                    found[j][e] = torch.zeros_like(like) if found[j][e] is None else in_dtype(found[j][e], like.dtype)
+                    missing = found[j][e] is None
+                    found[j][e] = torch.zeros_like(like) if missing else in_dtype(found[j][e], bank.gradient_dtype)
     return Gradients(of_a, of_b, of_weights)
 
 

@@ -98,6 +98,13 @@ class _Linears(torch.autograd.Function):
         pairs = [[(next(of_adapters), next(of_adapters)) for _ in bank.names] for bank in call.banks]
         wanted = Gradients([[a for a, _ in p] for p in pairs], [[b for _, b in p] for p in pairs], of_weights)
         found = call.engine.gradients(dys, dx, x, call.banks, ctx.prepared, weights, call.seed, call.drop, kept, wanted)
+        for j, bank in enumerate(call.banks):
+            if bank.sums:
+                for e, (sum_of_a, sum_of_b) in enumerate(bank.accumulate().values()):
+                    for of, total in ((found.a[j], sum_of_a), (found.b[j], sum_of_b)):
+                        if of[e] is not None:  # what the engine has not added itself
+                            total += of[e]
+                            of[e] = None
         of_adapters = [g for j in range(len(bases)) for pair in zip(found.a[j], found.b[j]) for g in pair]
         return None, None, dx, found.weights, *of_bases, *of_adapters
 

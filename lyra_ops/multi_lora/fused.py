@@ -83,9 +83,13 @@ class Compiled:
     def outer(*arguments) -> Tensor:
         return torch.ops.lyra.multi_lora_outer(*arguments)
 
+    @staticmethod
+    def add_outer_(*arguments) -> None:
+        torch.ops.lyra.multi_lora_add_outer_(*arguments)
+
 
 class Engine:
-    """What `function.linears` needs, of a module or namespace with the three kernels."""
+    """What `function.linears` needs, of a module or namespace with the kernels."""
 
     def __init__(self, kernels: object) -> None:
         self._kernels = kernels
@@ -112,9 +116,12 @@ class Engine:
         for j, (dy, bank) in enumerate(zip(dys, banks)):
             b, scaling = _b_of(bank, dy.dtype), group.scaling[j] * made_up
             kernels.shrink_(dh, dy, b, group.of_b[j], *plan, None, 0)
-            if any(wanted.b[j]):
+            if any(wanted.b[j]) and bank.sums:
+                kernels.add_outer_(bank.sums[0].b, h, dy, group.of_b[j], scaling, weights, *lists, None, 0)
+                of_b.append([None] * len(bank.names))
+            elif any(wanted.b[j]):
                 grad = kernels.outer(h, dy, group.of_b[j], scaling, weights, *lists, None, 0, len(b))
-                of_b.append([part.T.to(own.dtype) for part, (_, own) in zip(grad.split(bank.ranks), bank.adapters)])
+                of_b.append([part.T.to(bank.gradient_dtype) for part in grad.split(bank.ranks)])
             else:
                 of_b.append([None] * len(bank.names))
         factor = group.columns[plan.ids.clamp(min=0).long()] * made_up  # (T, S, G)
@@ -129,13 +136,15 @@ class Engine:
             a = _a_of(banks, x.dtype)
             kernels.expand_(dx, dh, a, group.of_a, scaling, plan.ids, weights, plan.present, seed, drop)
         of_a = [[None] * len(bank.names) for bank in banks]
-        if any(map(any, wanted.a)):
+        if any(wanted.a[0]) and len(banks) == 1 and banks[0].sums:
+            kernels.add_outer_(banks[0].sums[0].a, dh, _rows_of(x), group.of_a, scaling, weights, *lists, seed, drop)
+        elif any(map(any, wanted.a)):
             rows = sum(sum(bank.ranks) for bank in banks)
             grad = kernels.outer(dh, _rows_of(x), group.of_a, scaling, weights, *lists, seed, drop, rows)
             parts = iter(grad.split([bank.ranks[e] for e in range(len(banks[0].names)) for bank in banks]))
             for e in range(len(banks[0].names)):
                 for j, bank in enumerate(banks):
-                    of_a[j][e] = next(parts).to(bank.adapters[e][0].dtype)
+                    of_a[j][e] = next(parts).to(bank.gradient_dtype)
         return Gradients(of_a, of_b, of_weights)
 
 
@@ -197,6 +206,7 @@ FAKES = {
     "multi_lora_shrink_": lambda h, *rest: None,
     "multi_lora_expand_": lambda y, *rest: None,
     "multi_lora_outer": _outer_fake,
+    "multi_lora_add_outer_": lambda out, *rest: None,
 }
 for _name, _fake in FAKES.items():
     register_fake(_name)(_fake)

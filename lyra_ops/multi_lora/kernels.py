@@ -55,6 +55,11 @@ def outer(h, z, table, scaling, weights, starts, pairs, chunks, seed, drop, rows
     return out
 
 
+def add_outer_(out, h, z, *rest) -> None:
+    """out += `outer`."""
+    out += outer(h, z, *rest, len(out))
+
+
 def _pairs_of(starts: Tensor, pairs: Tensor) -> list[Tensor]:
     bounds = starts.tolist()
     return [pairs[begin:end].long() for begin, end in pairwise(bounds)]

@@ -263,3 +263,8 @@ def _(y, h, bank, table, scaling, ids, weights, present, seed, drop):
 @outer.register_fake
 def _(h, z, table, scaling, weights, starts, pairs, chunks, seed, drop, rows):
     return h.new_empty(rows, z.shape[1])
+
+
+def add_outer_(out: Tensor, h: Tensor, z: Tensor, *rest) -> None:
+    """See `kernels.add_outer_`."""
+    out += outer(h, z, *rest, out.shape[0])

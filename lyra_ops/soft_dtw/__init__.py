@@ -74,6 +74,9 @@ def soft_dtw(
       value / n; Zhong et al., "Lyra: An Efficient and Speech-Centric Framework for Omni-Cognition", 2024).
 
     ``temperature`` > 0 belongs to "contrastive" alone.
+
+    On a GPU the products of 16-bit tokens run on tensor cores, with sums in float32. Second derivatives, "l1" and
+    float64 go through a dense cost (B, N, M) there.
     """
     shape = check_features(x, y, cost, temperature)
     arguments = _check(shape, x.device, x_lengths, y_lengths, gamma, band, drop_cost, bits, names=("x", "y"))
@@ -82,6 +85,11 @@ def soft_dtw(
         from lyra_ops.soft_dtw import features
 
         return features.soft_dtw(x, y, arguments, cost, temperature)
+    if backend == "cuda":
+        from lyra_ops.soft_dtw import features_cuda
+
+        if features_cuda.serves(x, y, cost):
+            return features_cuda.soft_dtw(x, y, arguments, cost, temperature)
     return _run(backend, reference.pair_cost(x, y, *arguments[:2], cost, temperature), arguments)
 
 
@@ -313,11 +321,23 @@ class _SoftDTW(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_value: Tensor) -> tuple[Tensor | None, ...]:
-        return *_Gradient.apply(grad_value, *ctx.saved_tensors, *ctx.options), *[None] * 7
+        arguments = grad_value, *ctx.saved_tensors, *ctx.options
+        if torch.is_grad_enabled():
+            return *_Gradient.apply(*arguments), *[None] * 7
+        return *_gradients(*arguments, of_gamma=ctx.needs_input_grad[1]), *[None] * 7
+
+
+def _gradients(grad_value, cost, gammas, drop, *rest, of_gamma: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """grad_value times the gradient of the value in cost, gammas (if ``of_gamma``) and drop."""
+    grad_cost, grad_drop, entropy = _backward(grad_value, cost, gammas, drop, *rest, of_gamma)
+    # d value / d gamma is minus the entropy of the paths, summed from that of each cell's steps:
+    # (value - <cost, E>) / gamma would be the difference of two large numbers.
+    grad_gamma = (-grad_value * entropy).to(gammas.dtype) if of_gamma else None
+    return grad_cost, grad_gamma, None if drop is None else grad_drop
 
 
 class _Gradient(torch.autograd.Function):
-    """grad_value times the gradient of the value in cost, gammas and drop; its own derivative is the second one.
+    """`_gradients`, whose own derivative is the second one.
 
     The cost is here for its place in the graph alone: all that is needed of it is in the shares.
     """
@@ -328,12 +348,7 @@ class _Gradient(torch.autograd.Function):
         ctx.save_for_backward(grad_value, gammas, drop, *tensors)
         ctx.shape, ctx.options = cost.shape, options
         ctx.set_materialize_grads(False)
-        of_gamma = gammas is not None and ctx.needs_input_grad[2]
-        grad_cost, grad_drop, entropy = _backward(grad_value, cost, gammas, drop, *rest, of_gamma)
-        # d value / d gamma is minus the entropy of the paths, summed from that of each cell's steps:
-        # (value - <cost, E>) / gamma would be the difference of two large numbers.
-        grad_gamma = (-grad_value * entropy).to(gammas.dtype) if of_gamma else None
-        return grad_cost, grad_gamma, None if drop is None else grad_drop
+        return _gradients(grad_value, cost, gammas, drop, *rest, of_gamma=ctx.needs_input_grad[2])
 
     @staticmethod
     @once_differentiable
@@ -363,20 +378,24 @@ class _Gradient(torch.autograd.Function):
         return slope, grad_cost, grad_gamma, None if drop is None else grad_drop, *[None] * 8
 
 
+def kept_bytes_on_cuda(rows: int, columns: int, band: int, store: int, dropping: bool) -> int:
+    """Of a pair's shares; csrc/soft_dtw/pairs.h: steps_per_pair, band_rows_per_pair; cells.h: Kept::bytes."""
+    lanes, tail, block = 32, 62, 16
+    strips = torch.sym_max((columns + lanes - 1) // lanes, 1)
+    steps = strips * ((rows + tail + block - 1) // block * block)
+    if band >= 0:
+        inside = torch.sym_max(2 * torch.sym_min(band, columns) * rows, rows + columns)
+        in_band = inside // lanes + 2 * rows + columns // 8 + 1
+        steps = torch.sym_min(steps, in_band + strips * (tail + block - 1))
+    return lanes * steps * (8 if store == 64 else store // 8) * (3 if dropping else 2)
+
+
 @register_fake("soft_dtw_forward")
 def _(cost, x_lengths, y_lengths, gamma, gammas, band, low, high, drop, store):
     batch, rows, columns = cost.shape
     bytes_per_share = 8 if store == 64 else store // 8
     if cost.device.type == "cuda":
-        # csrc/soft_dtw/pairs.h: steps_per_pair; cells.h: Kept::bytes
-        lanes, tail, block = 32, 62, 16
-        strips = torch.sym_max((columns + lanes - 1) // lanes, 1)
-        steps = strips * ((rows + tail + block - 1) // block * block)
-        if band >= 0:
-            inside = torch.sym_max(2 * torch.sym_min(band, columns) * rows, rows + columns)
-            in_band = inside // lanes + 2 * rows + columns // 8 + 1
-            steps = torch.sym_min(steps, in_band + strips * (tail + block - 1))
-        kept = lanes * steps * bytes_per_share * (2 if drop is None else 3)
+        kept = kept_bytes_on_cuda(rows, columns, band, store, drop is not None)
         return cost.new_empty(batch), cost.new_empty(batch, kept, dtype=torch.uint8)
     # csrc/soft_dtw/stripes.h: most_steps, record_bytes
     lanes, reach = 8, 15

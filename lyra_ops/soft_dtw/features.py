@@ -1,161 +1,257 @@
-"""soft_dtw from features on a CPU, a few pairs at a time, so that their costs are used while they are in the cache.
+"""soft_dtw from features on a CPU: products of the tokens where they lie, costs of a few pairs at a time in the cache.
 
-The whole batch's cost (B, N, M) never exists; what is kept for backward are the shares and, for "contrastive", whose
-gradient needs them, the costs. The gradients of the features are two matrix products with E, written out here: autograd
-would go over each block several times more. A second derivative goes through the ordinary graph instead.
+Forward makes the costs of a few pairs, aligns them and, where a gradient will be wanted, goes on at once to that of the
+costs (for "contrastive": of the logits), which is all that is kept: 4 bytes a cell. Backward is two matrix products.
+Neither copies the batch's tokens, nor multiplies padding, nor (contrastive aside, whose softmax needs all columns) what
+is outside the band. A second derivative goes through the ordinary graph instead.
 """
 
 from __future__ import annotations
 
+import ctypes
+import itertools
+import mmap
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lyra_ops.soft_dtw import _Arguments, _backward, _forward, _raw, _run, reference
 
 BLOCK_BYTES = 4 << 20  # of costs
+ROWS = 256  # of x in one product
+LARGE_BYTES = 32 << 20  # what malloc takes anew from the system each time
+
+
+class _Metric(NamedTuple):
+    """A cost of `reference.pair_cost`, which has the formulas. Tensors are of some pairs with the same lengths."""
+
+    kind: str
+    tau: float
+    dtype: torch.dtype
+
+    def operands(self, x: Tensor, y: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens that are multiplied."""
+        x, y = x.to(self.dtype), y.to(self.dtype)
+        if self.kind == "sqeuclidean":
+            # Distances do not change when both sides move; without a common offset the expansion cancels less.
+            return x - offset, y - offset
+        if self.kind == "cosine":
+            return F.normalize(x, dim=-1), F.normalize(y, dim=-1)
+        return x, y
+
+    def write_cost(self, x: Tensor, y: Tensor, out: Tensor) -> None:
+        """From operands; of "contrastive" the logits."""
+        if self.kind == "l1":
+            out.copy_(torch.cdist(x, y, p=1))
+        elif self.kind == "sqeuclidean":
+            out.copy_(y.square().sum(-1)[:, None, :].expand_as(out))
+            out.baddbmm_(x, y.mT, alpha=-2).add_(x.square().sum(-1)[:, :, None])
+        elif self.kind == "cosine":
+            torch.baddbmm(out, x, y.mT, beta=0, alpha=-1, out=out).add_(1)
+        else:
+            torch.baddbmm(out, x, y.mT, beta=0, alpha=1 / self.tau, out=out)
+
+    def factor(self) -> float:
+        """What the gradient of the cost is multiplied by before `write_gradients` takes it."""
+        return {"sqeuclidean": 2.0, "cosine": -1.0, "contrastive": 1 / self.tau}.get(self.kind, 1.0)
+
+    def write_gradients(
+        self, x: Tensor, y: Tensor, grad: Tensor, of_x: Tensor | None, of_y: Tensor | None, add_y: bool
+    ) -> None:
+        """From operands and their share of the cost's gradient: writes that of x, writes or adds that of y.
+
+        Of "cosine" in the operands, not yet in the tokens.
+        """
+        for own, other, g, out, add in ((x, y, grad, of_x, False), (y, x, grad.mT, of_y, add_y)):
+            if out is None:
+                continue
+            if self.kind == "l1":
+                g = g.contiguous()
+                part = torch.ops.aten._cdist_backward(g, own.contiguous(), other.contiguous(), 1.0, torch.zeros_like(g))
+                out.add_(part) if add else out.copy_(part)
+            elif self.kind == "sqeuclidean":
+                sums = g.sum(2)[:, :, None]
+                out.addcmul_(own, sums) if add else torch.mul(own, sums, out=out)
+                out.baddbmm_(g, other, alpha=-1)
+            else:
+                torch.baddbmm(out, g, other, beta=1 if add else 0, out=out)
+
+    def of_tokens(self, tokens: Tensor, of_operands: Tensor) -> None:
+        """Turns the gradient of the operands into that of the tokens."""
+        if self.kind == "cosine":
+            norm = tokens.to(self.dtype).norm(dim=-1, keepdim=True).clamp_(min=1e-12)
+            unit = tokens.to(self.dtype) / norm
+            of_operands.addcmul_(unit, (unit * of_operands).sum(-1, keepdim=True), value=-1).div_(norm)
+
+
+class _Group(NamedTuple):
+    """Pairs of a block, one after the other, that have the same lengths."""
+
+    pairs: slice  # in the batch
+    place: slice  # in the block
+    n: int
+    m: int
+
+    def pieces(self, band: int, low: Tensor | None, high: Tensor | None) -> Iterator[tuple[slice, slice]]:
+        """Rows and columns that together hold all cells inside the band."""
+        rise, run = self.n - 1, self.m - 1
+        for start in range(0, self.n, ROWS):
+            stop = min(start + ROWS, self.n)
+            first, last = 0, run
+            if low is not None:
+                first = max(int(low[self.pairs, start:stop].min()), 0)
+                last = min(int(high[self.pairs, start:stop].max()), run)
+            elif band >= 0 and rise > 0:
+                width = max(2 * min(band, self.m) * rise, rise + run) // 2
+                first = max(-((width - start * run) // rise), 0)
+                last = min(((stop - 1) * run + width) // rise, run)
+            if first <= last:
+                yield slice(start, stop), slice(first, last + 1)
 
 
 def soft_dtw(x: Tensor, y: Tensor, arguments: _Arguments, cost: str, temperature: float) -> Tensor:
     """`lyra_ops.soft_dtw` on the backend "cpu"; arguments have been checked."""
     dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
     (_, gammas, drop), problem, options, store = _raw(x.new_empty(x.shape[0], 0, 0, dtype=dtype), arguments)
-    sources = x, y, gammas, drop
-    keeps = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in sources)
-    rest = *problem, options, store if keeps else 0, dtype, arguments, cost, temperature
-    return _FromFeatures.apply(*sources, *rest)
+    sources, metric = (x, y, gammas, drop), _Metric(cost, temperature, dtype)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in sources):
+        return _FromFeatures.apply(*sources, *problem, options, store, metric, arguments)
+    return _aligned(*sources, problem, options, 0, metric, False)[0]
 
 
 class _FromFeatures(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, y, gammas, drop, x_lengths, y_lengths, low, high, options, store, dtype, arguments, cost, tau):
-        values, kept = [], []
-        with torch.autocast("cpu", enabled=False):
-            for part in _blocks(x.shape[0], x.shape[1] * y.shape[1] * dtype.itemsize):
-                tensors = _part(part, gammas, drop, x_lengths, y_lengths, low, high)
-                pairs = _Pairs(x[part], y[part], *tensors[2:4], dtype, cost, tau)
-                costs = pairs.cost()
-                value, probs = _forward(costs, *tensors, *options, store)
-                values.append(value)
-                if store:
-                    kept += [probs, costs] if cost == "contrastive" else [probs]
-        value = torch.cat(values) if values else x.new_empty(0, dtype=dtype)
-        ctx.save_for_backward(x, y, gammas, drop, x_lengths, y_lengths, low, high, value, *kept)
-        ctx.rest = options, dtype, arguments, cost, tau
+    def forward(ctx, x, y, gammas, drop, x_lengths, y_lengths, low, high, options, store, metric, arguments):
+        problem, of_gamma = (x_lengths, y_lengths, low, high), gammas is not None and ctx.needs_input_grad[2]
+        value, dropped, entropy, kept = _aligned(x, y, gammas, drop, problem, options, store, metric, of_gamma)
+        ctx.save_for_backward(x, y, gammas, drop, *problem, dropped, entropy, *kept)
+        ctx.rest = options, metric, arguments
         return value
 
     @staticmethod
     def backward(ctx, grad_value: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, gammas, drop, x_lengths, y_lengths, low, high, value, *kept = ctx.saved_tensors
+        x, y, gammas, drop, x_lengths, y_lengths, low, high, dropped, entropy, *kept = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return *_through_the_graph(ctx, grad_value), *[None] * 10
-        options, dtype, _, cost, tau = ctx.rest
-        of_gamma = gammas is not None and ctx.needs_input_grad[2]
-        grads = [torch.empty_like(t) if needed else None for t, needed in zip((x, y), ctx.needs_input_grad)]
-        grad_drop, entropy = [], []
-        kept = iter(kept)
+            return *_through_the_graph(ctx, grad_value), *[None] * 8
+        (_, band), metric, _ = ctx.rest
+        grads = [_new_like(t) if needed else None for t, needed in zip((x, y), ctx.needs_input_grad)]
+        scale, kept = (grad_value * metric.factor())[:, None, None], iter(kept)
         with torch.autocast("cpu", enabled=False):
-            for part in _blocks(x.shape[0], x.shape[1] * y.shape[1] * dtype.itemsize):
-                tensors = _part(part, gammas, drop, x_lengths, y_lengths, low, high)
-                pairs = _Pairs(x[part], y[part], *tensors[2:4], dtype, cost, tau)
-                probs = next(kept)
-                costs = next(kept) if cost == "contrastive" else None
-                shape = value.new_empty(()).expand(len(probs), x.shape[1], y.shape[1])
-                expected, dropped, bits = _backward(
-                    grad_value[part], shape, *tensors, value[part], probs, *options, of_gamma
-                )
-                pairs.take(expected, costs)
-                for grad, of_tokens in zip(grads, (pairs.gradient_of_x, pairs.gradient_of_y)):
-                    if grad is not None:
-                        grad[part] = of_tokens()
-                grad_drop.append(dropped)
-                entropy.append(bits)
-        grad_gamma = (-grad_value * torch.cat(entropy)).to(gammas.dtype) if of_gamma and entropy else None
-        grad_drop = torch.cat(grad_drop) if drop is not None and grad_drop else None
-        return *grads, grad_gamma, grad_drop, *[None] * 10
+            for group in itertools.chain.from_iterable(_groups(x, y, x_lengths, y_lengths, metric)):
+                pieces = list(_pieces(group, metric, band, low, high))
+                _write_gradients(group, pieces, kept, x, y, grads, scale[group.pairs], metric)
+        grad_gamma = (-grad_value * entropy).to(gammas.dtype) if len(entropy) else None
+        grad_drop = None if drop is None else grad_value[:, None] * dropped
+        return *grads, grad_gamma, grad_drop, *[None] * 8
+
+
+def _aligned(x, y, gammas, drop, problem, options, store, metric, of_gamma):
+    """Values (B,); and if ``store``, their derivatives in drop, in minus gamma, and in the products of each piece."""
+    found, kept = [], []
+    (x_lengths, y_lengths, low, high), band = problem, options[1]
+    with torch.autocast("cpu", enabled=False):
+        for groups in _groups(x, y, x_lengths, y_lengths, metric):
+            part = slice(groups[0].pairs.start, groups[-1].pairs.stop)
+            costs = x.new_empty(part.stop - part.start, x.shape[1], y.shape[1], dtype=metric.dtype)
+            pieces = [(group, list(_pieces(group, metric, band, low, high))) for group in groups]
+            for group, cells in pieces:
+                offset = y[group.pairs, :1].to(metric.dtype)
+                for rows, columns in cells:
+                    operands = metric.operands(x[group.pairs, rows], y[group.pairs, columns], offset)
+                    metric.write_cost(*operands, costs[group.place, rows, columns])
+                if metric.kind == "contrastive":
+                    costs[group.place, :, group.m :] = -torch.inf
+            if metric.kind == "contrastive":
+                costs = costs.log_softmax(dim=-1).neg_()
+            tensors = [None if t is None else t[part] for t in (gammas, drop, *problem)]
+            value, probs = _forward(costs, *tensors, *options, store)
+            if not store:
+                found.append((value, value[:0], value[:0]))
+                continue
+            ones = torch.ones_like(value)
+            grad, dropped, entropy = _backward(ones, costs, *tensors, value, probs, *options, of_gamma)
+            found.append((value, dropped, entropy))
+            if metric.kind == "contrastive":  # softmax_ij sum_k E_ik - E_ij, over temperature
+                grad = costs.neg_().exp_().mul_(grad.sum(2, keepdim=True)).sub_(grad)
+            for group, cells in pieces:
+                for rows, columns in cells:
+                    piece = grad[group.place, rows, columns]
+                    kept.append(piece if columns == slice(0, group.m) else piece.clone())
+    nothing = (x.new_empty(0, dtype=metric.dtype),) * 3
+    value, dropped, entropy = map(torch.cat, zip(*found or [nothing]))
+    return value, dropped, entropy, kept
+
+
+def _write_gradients(group, pieces, kept, x, y, grads, scale, metric) -> None:
+    """Of one group, into ``grads``, from the kept gradients of its products times ``scale``."""
+    tokens = x[group.pairs, : group.n], y[group.pairs, : group.m]
+    outs = [None if g is None else g[group.pairs, :size] for g, size in zip(grads, (group.n, group.m))]
+    sums = [
+        out if out is None or out.dtype == metric.dtype else torch.empty_like(out, dtype=metric.dtype) for out in outs
+    ]
+    of_x, of_y = sums
+    whole = len(pieces) == 1 and pieces[0][1] == slice(0, group.m)
+    if of_y is not None and not whole:
+        of_y.zero_()
+    if of_x is not None and sum(rows.stop - rows.start for rows, _ in pieces) < group.n:
+        of_x.zero_()
+    offset = tokens[1][:, :1].to(metric.dtype)
+    for rows, columns in pieces:
+        operands = metric.operands(tokens[0][:, rows], tokens[1][:, columns], offset)
+        part_x, part_y = (None if s is None else s[:, at] for s, at in zip(sums, (rows, columns)))
+        metric.write_gradients(*operands, next(kept) * scale, part_x, part_y, add_y=not whole)
+    for size, token, grad, out, total in zip((group.n, group.m), tokens, grads, outs, sums):
+        if grad is None:
+            continue
+        metric.of_tokens(token, total)
+        if total is not out:
+            out.copy_(total)
+        grad[group.pairs, size:] = 0
+
+
+def _new_like(tokens: Tensor) -> Tensor:
+    """Uninitialised; in large pages where it is large, since pages of 4 KiB take longer to get than to fill."""
+    new = torch.empty_like(tokens)
+    size, page = new.untyped_storage().nbytes(), 2 << 20
+    if size >= LARGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
+        first = -new.data_ptr() % page
+        length = (size - first) // page * page
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(new.data_ptr() + first), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)
+    return new
 
 
 def _through_the_graph(ctx, grad_value: Tensor) -> list[Tensor | None]:
     x, y, gammas, drop = sources = ctx.saved_tensors[:4]
-    *_, arguments, cost, tau = ctx.rest
+    _, metric, arguments = ctx.rest
     # In the arguments as they came, gamma and drop are what these two were made of; here they stand for themselves.
     arguments = arguments._replace(gamma=arguments.gamma if gammas is None else gammas, drop_cost=drop)
-    value = _run("cpu", reference.pair_cost(x, y, arguments.x_lengths, arguments.y_lengths, cost, tau), arguments)
+    cost = reference.pair_cost(x, y, arguments.x_lengths, arguments.y_lengths, metric.kind, metric.tau)
+    value = _run("cpu", cost, arguments)
     wanted = [t for t, needed in zip(sources, ctx.needs_input_grad) if needed]
     found = iter(torch.autograd.grad(value, wanted, grad_value, create_graph=True))
     return [next(found) if needed else None for needed in ctx.needs_input_grad[:4]]
 
 
-def _blocks(batch: int, pair_bytes: int) -> Iterator[slice]:
-    """Consecutive pairs, as many as there are threads at least."""
-    size = max(BLOCK_BYTES // max(pair_bytes, 1), torch.get_num_threads())
+def _groups(x: Tensor, y: Tensor, x_lengths: Tensor, y_lengths: Tensor, metric: _Metric) -> Iterator[list[_Group]]:
+    """The batch in blocks of at least as many pairs as there are threads, each in groups of equal lengths."""
+    (batch, rows, dim), columns = x.shape, y.shape[1]
+    size = max(BLOCK_BYTES // max(rows * columns * metric.dtype.itemsize, 1), torch.get_num_threads())
+    most = max(BLOCK_BYTES // max((rows + columns) * dim * metric.dtype.itemsize, 1), 1)  # of operands
+    lengths = list(zip(x_lengths.tolist(), y_lengths.tolist()))
     for start in range(0, batch, size):
-        yield slice(start, start + size)
+        groups, stop = [], min(start + size, batch)
+        first = start
+        for k in range(start + 1, stop + 1):
+            if k == stop or k - first == most or lengths[k] != lengths[first]:
+                groups.append(_Group(slice(first, k), slice(first - start, k - start), *lengths[first]))
+                first = k
+        yield groups
 
 
-def _part(part: slice, *tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t[part] for t in tensors]
-
-
-class _Pairs:
-    """The tokens of some pairs as their cost needs them; see `reference.pair_cost` for the formulas."""
-
-    def __init__(self, x: Tensor, y: Tensor, x_lengths: Tensor, y_lengths: Tensor, dtype, cost: str, tau: float):
-        self.kind, self.tau = cost, tau
-        self.x, self.y = _clean(x.to(dtype), x_lengths), _clean(y.to(dtype), y_lengths)
-        self.y_lengths = y_lengths
-        if cost == "sqeuclidean":
-            # Distances do not change when both sides move; without a common offset the expansion cancels less.
-            offset = self.y[:, :1]
-            self.x, self.y = self.x - offset, self.y - offset
-        elif cost == "cosine":
-            self.norms = [t.norm(dim=-1, keepdim=True).clamp(min=1e-12) for t in (self.x, self.y)]
-            self.x, self.y = (t / norm for t, norm in zip((self.x, self.y), self.norms))
-
-    def cost(self) -> Tensor:
-        x, y = self.x, self.y
-        if self.kind == "l1":
-            return torch.cdist(x, y, p=1)
-        if self.kind == "sqeuclidean":
-            squares = y.square().sum(-1)[:, None, :].expand(-1, x.shape[1], -1)
-            return torch.baddbmm(squares, x, y.mT, alpha=-2).add_(x.square().sum(-1)[:, :, None])
-        if self.kind == "cosine":
-            return torch.bmm(x, y.mT).neg_().add_(1)
-        logits = torch.bmm(x, y.mT).div_(self.tau)
-        if int(self.y_lengths.min()) < y.shape[1]:
-            padding = torch.arange(y.shape[1]) >= self.y_lengths[:, None]
-            logits.masked_fill_(padding[:, None, :], -torch.inf)
-        return logits.log_softmax(dim=-1).neg_()
-
-    def take(self, grad: Tensor, costs: Tensor | None) -> None:
-        """Takes the gradient of the cost, and for "contrastive" the costs."""
-        if self.kind == "contrastive":  # what is kept is the gradient of x . y
-            grad = costs.neg().exp_().mul_(grad.sum(2)[:, :, None]).sub_(grad).div_(self.tau)
-        self.grad = grad
-
-    def gradient_of_x(self) -> Tensor:
-        return self._gradient(self.grad, 0)
-
-    def gradient_of_y(self) -> Tensor:
-        return self._gradient(self.grad.mT, 1)
-
-    def _gradient(self, grad: Tensor, side: int) -> Tensor:
-        own, other = (self.x, self.y) if side == 0 else (self.y, self.x)
-        if self.kind == "contrastive":
-            return torch.bmm(grad, other)
-        if self.kind == "l1":
-            grad = grad.contiguous()
-            return torch.ops.aten._cdist_backward(grad, own, other, 1.0, torch.zeros_like(grad))
-        if self.kind == "sqeuclidean":
-            return torch.baddbmm(own * grad.sum(2)[:, :, None], grad, other, alpha=-1).mul_(2)
-        of_unit = torch.bmm(grad, other).neg_()
-        return of_unit.sub_(own * (own * of_unit).sum(-1, keepdim=True)).div_(self.norms[side])
-
-
-def _clean(tokens: Tensor, lengths: Tensor) -> Tensor:
-    """The tokens with ones for padding, so that whatever it holds reaches no gradient."""
-    if not len(lengths) or int(lengths.min()) == tokens.shape[1]:
-        return tokens
-    padding = torch.arange(tokens.shape[1]) >= lengths[:, None]
-    return tokens.masked_fill(padding[:, :, None], 1)
+def _pieces(group: _Group, metric: _Metric, band: int, low: Tensor | None, high: Tensor | None):
+    if metric.kind == "contrastive":  # its softmax runs over all columns
+        return group.pieces(-1, None, None)
+    return group.pieces(band, low, high)

@@ -25,6 +25,7 @@ def soft_dtw_divergence(
     cost: str = "sqeuclidean",
     gamma: float | Tensor = 1.0,
     band: int | None = None,
+    bits: int = 16,
     sharp: bool = False,
     backend: str | None = None,
 ) -> Tensor:
@@ -43,10 +44,11 @@ def soft_dtw_divergence(
         raise TypeError("band: got a pair of tensors, expected None or an int: x is aligned with itself, too")
 
     def value(a: Tensor, b: Tensor, a_lengths: Tensor | None, b_lengths: Tensor | None) -> Tensor:
+        options = {"gamma": gamma, "band": band, "bits": bits, "backend": backend}
         if not sharp:
-            return soft_dtw(a, b, a_lengths, b_lengths, cost=cost, gamma=gamma, band=band, backend=backend)
+            return soft_dtw(a, b, a_lengths, b_lengths, cost=cost, **options)
         pairs = pair_cost(a, b, a_lengths, b_lengths, cost=cost)
-        return soft_dtw_statistics(pairs, a_lengths, b_lengths, gamma=gamma, band=band, backend=backend).expected_cost
+        return soft_dtw_statistics(pairs, a_lengths, b_lengths, **options).expected_cost
 
     check_features(x, y, cost, 1.0)
     itself = value(x, x, x_lengths, x_lengths) + value(y, y, y_lengths, y_lengths)
@@ -64,7 +66,7 @@ class SoftDTWLoss(nn.Module):
     is the latent cross-modality regularizer of Lyra (Zhong et al., arXiv 2412.09501, equations 1 and 2).
 
     Args:
-        cost, temperature, gamma, band, drop_cost, backend: as for `soft_dtw`. A gamma that is an nn.Parameter is
+        cost, temperature, gamma, band, drop_cost, bits, backend: as for `soft_dtw`. A gamma that is an nn.Parameter is
             learned.
         divergence: S is `soft_dtw_divergence` (band: None or an int; no contrastive cost, no drop_cost).
         normalize: length that each sample's value is divided by: None (1), "x" (n), "y" (m) or "path", the expected
@@ -83,6 +85,7 @@ class SoftDTWLoss(nn.Module):
         gamma: float | Tensor = 1.0,
         band: reference.Band = None,
         drop_cost: float | Tensor | None = None,
+        bits: int = 16,
         divergence: bool = False,
         normalize: str | None = None,
         reduction: str = "mean",
@@ -91,11 +94,13 @@ class SoftDTWLoss(nn.Module):
         super().__init__()
         check_option("normalize", normalize, (None, "x", "y", "path"))
         check_option("reduction", reduction, ("mean", "sum", "none"))
+        check_option("bits", bits, (16, 8))
         check_option("cost", cost, SYMMETRIC_COSTS if divergence else COSTS)
         if divergence and drop_cost is not None:
             raise ValueError(f"drop_cost: got {drop_cost} with divergence=True, expected None")
         self.cost, self.temperature, self.gamma, self.band, self.drop_cost = cost, temperature, gamma, band, drop_cost
-        self.divergence, self.normalize, self.reduction, self.backend = divergence, normalize, reduction, backend
+        self.bits, self.divergence, self.normalize = bits, divergence, normalize
+        self.reduction, self.backend = reduction, backend
 
     def forward(self, x: Tensor, y: Tensor, x_lengths: Tensor | None = None, y_lengths: Tensor | None = None) -> Tensor:
         """x (B, N, D), y (B, M, D), lengths from 0 to N and M: (), or (B,) for reduction "none"."""
@@ -114,7 +119,7 @@ class SoftDTWLoss(nn.Module):
         return values.sum() / (real.sum().clamp(min=1) if self.reduction == "mean" else 1)
 
     def _values(self, x: Tensor, y: Tensor, x_lengths: Tensor, y_lengths: Tensor) -> Tensor:
-        options = {"gamma": self.gamma, "band": self.band, "backend": self.backend}
+        options = {"gamma": self.gamma, "band": self.band, "bits": self.bits, "backend": self.backend}
         statistics = None
         if self.normalize == "path":
             pairs = pair_cost(x, y, x_lengths, y_lengths, cost=self.cost, temperature=self.temperature)

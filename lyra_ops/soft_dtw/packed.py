@@ -39,6 +39,7 @@ def soft_dtw_packed(
     gamma: float | Tensor = 1.0,
     band: PackedBand = None,
     drop_cost: float | Tensor | None = None,
+    bits: int = 16,
     backend: str | None = None,
 ) -> Tensor:
     """`soft_dtw` of the packed tokens x (T_x, D) and y (T_y, D): (B,)."""
@@ -56,6 +57,7 @@ def soft_dtw_packed(
         gamma=gamma,
         band=_padded_band(rows, band),
         drop_cost=_padded_drop_cost(rows, drop_cost),
+        bits=bits,
         backend=backend,
     )
 
@@ -70,6 +72,7 @@ def soft_dtw_alignment_packed(
     gamma: float | Tensor = 1.0,
     band: PackedBand = None,
     drop_cost: float | Tensor | None = None,
+    bits: int = 16,
     backend: str | None = None,
 ) -> Tensor:
     """`soft_dtw_alignment` of a packed cost: the n x m matrices of the samples, row by row, one after the other.
@@ -95,6 +98,7 @@ def soft_dtw_alignment_packed(
         gamma=gamma,
         band=_padded_band(rows, band),
         drop_cost=_padded_drop_cost(rows, drop_cost),
+        bits=bits,
         backend=backend,
     )
     return F.pad(expected.flatten(), (0, 1), value=math.nan).index_select(0, place)

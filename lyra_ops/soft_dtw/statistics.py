@@ -31,6 +31,7 @@ def soft_dtw_statistics(
     gamma: float | Tensor = 1.0,
     band: reference.Band = None,
     drop_cost: float | Tensor | None = None,
+    bits: int = 16,
     backend: str | None = None,
 ) -> SoftDTWStatistics:
     """Statistics of the alignments of a cost (B, N, M), by one forward and one backward pass.
@@ -74,9 +75,8 @@ def soft_dtw_statistics(
         if soft:  # a gamma per sample, so that one backward pass gives the slope of each
             gamma = torch.as_tensor(gamma, dtype=None if isinstance(gamma, Tensor) else torch.float64).to(cost.device)
             gamma = gamma.expand(batch) if gamma.requires_grad else gamma.expand(batch).clone().requires_grad_()
-        value = soft_dtw_from_cost(
-            cost, x_lengths, y_lengths, gamma=gamma, band=band, drop_cost=drop_cost, backend=backend
-        )
+        options = {"gamma": gamma, "band": band, "drop_cost": drop_cost, "bits": bits, "backend": backend}
+        value = soft_dtw_from_cost(cost, x_lengths, y_lengths, **options)
         sources = (cost, gamma) if soft else (cost,)
         alignment, *slope = torch.autograd.grad(value.sum(), sources, create_graph=differentiable)
         if not differentiable:

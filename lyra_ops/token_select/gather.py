@@ -40,6 +40,27 @@ def gather_tokens(
     if not isinstance(selection, TokenSelection):
         raise TypeError(f"selection: got {type(selection).__name__}, expected a TokenSelection")
     index, _, inverse = selection
+    planes, fills = checked_tensors(tensors, fill, inverse.shape, index.device)
+    why_not = {**why_not_compiled("gather", index), "reference": None}
+    if index.device.type == "cuda" or backend == "triton":  # else nothing of Triton is imported
+        from lyra_ops.token_select import triton
+
+        why_not["triton"] = triton.why_not_on(index)
+    chosen = choose("gather_tokens", why_not, backend)
+    # Packed tokens are the one row of a batch of one.
+    if packed_in := inverse.ndim == 1:
+        inverse = inverse[None]
+        tensors = [tensor.unsqueeze(int(p)) for tensor, p in zip(tensors, planes)]
+    packed_out = index.ndim == 1
+    index = index[None] if packed_out else index
+    results = _Gather.apply(index, inverse, planes, fills, packed_out and not packed_in, chosen, *tensors)
+    return tuple(result.squeeze(int(p)) for result, p in zip(results, planes)) if packed_out else results
+
+
+def checked_tensors(
+    tensors: Sequence[Tensor], fill: float | Sequence[float], tokens: torch.Size, device: torch.device
+) -> tuple[list[bool], list[float]]:
+    """Which of the tensors have planes, and what padding holds in each."""
     if isinstance(fill, Real):
         fills = [fill] * len(tensors)
     elif not isinstance(fill, (list, tuple)):
@@ -48,50 +69,54 @@ def gather_tokens(
         raise ValueError(f"fill: got {len(fill)} numbers, expected one, or one for each of {len(tensors)} tensors")
     else:
         fills = list(fill)
-    planes = [_has_planes(i, tensor, inverse.shape, index.device) for i, tensor in enumerate(tensors)]
+    planes = [_has_planes(i, tensor, tokens, device) for i, tensor in enumerate(tensors)]
     for i, (tensor, value) in enumerate(zip(tensors, fills)):
         _check_fill(i, value, tensor.dtype)
-    why_not = {**why_not_compiled("gather", index), "reference": None}
-    compiled = choose("gather_tokens", why_not, backend) != "reference"
-    # Packed tokens are the one row of a batch of one.
-    if packed_in := inverse.ndim == 1:
-        inverse = inverse[None]
-        tensors = [tensor.unsqueeze(int(p)) for tensor, p in zip(tensors, planes)]
-    packed_out = index.ndim == 1
-    index = index[None] if packed_out else index
-    results = _Gather.apply(index, inverse, planes, fills, packed_out and not packed_in, compiled, *tensors)
-    return tuple(result.squeeze(int(p)) for result, p in zip(results, planes)) if packed_out else results
+    return planes, fills
 
 
 class _Gather(torch.autograd.Function):
     """Moves the rows of all tensors to the places of ``index``; the derivative moves them back, by ``inverse``."""
 
     @staticmethod
-    def forward(index, inverse, planes, fills, flat, compiled, *tensors: Tensor) -> tuple[Tensor, ...]:
-        if compiled:
-            return tuple(torch.ops.lyra.token_select_gather(tensors, index, planes, fills, flat))
-        return tuple(reference.take(t, index, fill, p, flat) for t, fill, p in zip(tensors, fills, planes))
+    def forward(index, inverse, planes, fills, flat, backend, *tensors: Tensor) -> tuple[Tensor, ...]:
+        if backend == "reference":
+            return tuple(reference.take(t, index, fill, p, flat) for t, fill, p in zip(tensors, fills, planes))
+        if backend == "triton":
+            from lyra_ops.token_select import triton
+
+            return tuple(triton.gather_tokens(list(tensors), index, planes, fills, flat))
+        return tuple(torch.ops.lyra.token_select_gather(tensors, index, planes, fills, flat))
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        index, inverse, ctx.planes, _, ctx.flat, ctx.compiled, *tensors = inputs
+        index, inverse, ctx.planes, _, ctx.flat, ctx.backend, *tensors = inputs
         ctx.save_for_backward(index, inverse)
-        # Else one tensor that requires grad would make all of them require it.
-        ctx.mark_non_differentiable(*(out for out, t in zip(output, tensors) if not t.requires_grad))
+        ctx.mark_non_differentiable(*without_grad(tensors, output))
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        index, inverse = ctx.saved_tensors
-        given = [i for i, grad in enumerate(grads) if grad is not None]
-        planes = [ctx.planes[i] for i in given]
-        results: list[Tensor | None] = [None] * len(grads)
-        if given:
-            fills, wanted = [0] * len(given), [grads[i] for i in given]
-            moved = _Gather.apply(inverse, index, planes, fills, ctx.flat, ctx.compiled, *wanted)
-            for i, result in zip(given, moved):
-                results[i] = result
-        return None, None, None, None, None, None, *results
+        return None, None, None, None, None, None, *moved_back(ctx, grads)
+
+
+def without_grad(tensors: Sequence[Tensor], moved: Sequence[Tensor]) -> list[Tensor]:
+    """What was moved of tensors that require no grad: else one that does would make all of them require it."""
+    return [out for out, tensor in zip(moved, tensors) if not tensor.requires_grad]
+
+
+def moved_back(ctx, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Gradients of the tensors that were moved, by what ctx saved and its planes, flat and backend."""
+    index, inverse = ctx.saved_tensors
+    given = [i for i, grad in enumerate(grads) if grad is not None]
+    planes = [ctx.planes[i] for i in given]
+    results: list[Tensor | None] = [None] * len(grads)
+    if given:
+        fills, wanted = [0] * len(given), [grads[i] for i in given]
+        moved = _Gather.apply(inverse, index, planes, fills, ctx.flat, ctx.backend, *wanted)
+        for i, result in zip(given, moved):
+            results[i] = result
+    return results
 
 
 def _has_planes(i: int, tensor: Tensor, tokens: torch.Size, device: torch.device) -> bool:

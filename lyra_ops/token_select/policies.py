@@ -4,7 +4,7 @@
     random, uniform         select_tokens(random_scores(candidates, seed=0), candidates, keep=k)
     the heads that look     token_scores(query, key, head_weights=top_heads(per_head_scores, candidates))
     per window or modality  select_tokens(scores, candidates, segments=segments, keep=relevance_budgets(...))
-    shares per layer        apply_token_extractor(model, keep=sigmoid_schedule(...))
+    shares per layer        apply_token_extractor(model, keep=seats_schedule(0.1), min_keep=0)
 
 Random and uniform selection are strong: no rule is worth its cost that does not beat them on the task at hand.
 """
@@ -123,8 +123,7 @@ def sigmoid_schedule(
     middle  layer at which half of the drop is done; default: the mean of ``layers``
     width   of the fall, in layers
 
-    Source: the shape of OmniDrop's schedule (arXiv 2605.14458): hardly any drop while modalities are being fused, then
-    a steep one. Its constants depend on the model and are the caller's.
+    A fall in depth of your own; `omnidrop_schedule` is the published one.
     """
     middle = sum(layers) / max(len(layers), 1) if middle is None else middle
     return _relative({i: 1 - (1 - final) / (1 + math.exp((middle - i) / width)) for i in layers})
@@ -135,13 +134,70 @@ def blockwise_schedule(left: Mapping[int, float], *, drop_all_after: int | None 
 
     Use with ``min_keep=0``, or ``drop_all_after`` leaves that many.
 
-    Source: the shape of SEATS' schedule (arXiv 2605.20035): blocks of layers with falling shares, and no modality
-    tokens in the last ones, where the text has taken in what it needs.
+    Blocks of your own; `seats_schedule` are the published ones.
     """
     schedule = _relative(dict(left))
     if drop_all_after is not None:
         schedule = {layer: share for layer, share in schedule.items() if layer < drop_all_after} | {drop_all_after: 0.0}
     return schedule
+
+
+def omnidrop_schedule(
+    n_layers: int = 28, *, first: float = 0.0, final: float = 0.2, middle: float = 0.5, steepness: float = 20.0
+) -> dict[int, float]:
+    """{layer: share of what is still there} behind every layer l but the last: 1 - p_l, where
+
+        p_l = first + (final - first) / (1 + exp(steepness (middle - l / n_layers)))
+
+    Published, for what enters the decoder having been cut to some 45 %, and for 30 or 20 % on average over its layers:
+
+        Qwen2.5-Omni-7B, n_layers=28     30 %: the defaults     20 %: first=0.02, final=0.5
+        Qwen2.5-Omni-3B, n_layers=36     30 %: final=0.15       20 %: first=0.02, final=0.5, middle=0.55
+
+    The paper drops floor(p_l n) of n tokens; floor((1 - p_l) n) of them kept is at most one less. Its bonus for
+    distance in time is a ``bias`` of `select_tokens`.
+
+    Source: OmniDrop (arXiv 2605.14458), equations 3 and 4 and section 4, as a reproduction by others quotes them.
+    """
+    falls = (1 / (1 + math.exp(steepness * (middle - layer / n_layers))) for layer in range(n_layers - 1))
+    return {layer: 1 - first - (final - first) * fall for layer, fall in enumerate(falls)}
+
+
+def seats_schedule(
+    average: float,
+    *,
+    entering: float | None = None,
+    n_layers: int = 28,
+    drops: Sequence[int] = (16, 18, 20),
+    late: int = 24,
+) -> dict[int, float]:
+    """{layer: share of what is still there} by which ``average`` of the tokens is left, mean over all layers.
+
+    average   share of the original number of modality tokens
+    entering  share of it that enters the decoder; published: 1.4 ``average``, at most 1
+    drops     layers in front of which tokens are dropped, counted from 0; of all that go there, the i-th drop takes the
+              share exp(i) / (1 + e + e^2 + ...)
+    late      layer, counted from 1, which like all deeper ones and the one in front of it sees no modality tokens
+
+    Published: the defaults for Qwen2.5-Omni-7B; n_layers=48, drops=(27, 31, 35), late=40 for Qwen3-Omni-30B-A3B; each
+    with a schedule per modality, video 0.1 and audio 0.45 for 15 % in all. Use with ``min_keep=0``, and with
+    `relevance_budgets` for the shares of windows and modalities.
+
+    Raises ValueError where the tokens that enter are too few or too many for that average.
+
+    Source: SEATS (arXiv 2605.20035), the schedule and the constants of its published code.
+    """
+    entering = min(1.0, 1.4 * average) if entering is None else entering
+    ends = [*drops, late - 1]
+    weights = [math.exp(i) for i in range(len(drops))]
+    gone = [sum(weights[: i + 1]) / sum(weights) for i in range(len(drops))]  # behind each drop, of all that go
+    most = entering * ends[-1]
+    most_dropped = entering * sum((end - start) * g for start, end, g in zip(ends, ends[1:], gone))
+    if not most - most_dropped <= average * n_layers <= most:
+        low, high = (most - most_dropped) / n_layers, most / n_layers
+        raise ValueError(f"average: got {average}, expected {low:.3g} to {high:.3g}, since {entering:.3g} enter")
+    dropped = (most - average * n_layers) / most_dropped
+    return blockwise_schedule({drop - 1: 1 - dropped * g for drop, g in zip(drops, gone)}, drop_all_after=ends[-1] - 1)
 
 
 def _relative(left: Mapping[int, float]) -> dict[int, float]:

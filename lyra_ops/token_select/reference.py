@@ -138,16 +138,22 @@ def _score_sample(
     for i in range(0, n_rows, ROWS):
         rows, place = row_order[i : i + ROWS], row_place[i : i + ROWS]
         q = (query.index_select(1, rows).to(dtype) * scale).reshape(kv_heads, -1, query.shape[2])
+        # A largest logit and a sum of powers, not its logarithm, whose own rounding would be an error of every share.
         if lse is None:
-            norm = scores.new_full((heads, ROWS), -torch.inf)
+            largest, power = scores.new_full((heads, ROWS), -torch.inf), scores.new_zeros((heads, ROWS))
             for j in range(0, n_keys, KEYS):
-                norm = torch.logaddexp(norm, logits(q, place, j)[0].logsumexp(-1))
+                cells = logits(q, place, j)[0]
+                top = largest.maximum(cells.amax(-1))
+                base = top.masked_fill(top == -torch.inf, 0)
+                power = power * (largest - base).exp() + (cells - base[..., None]).exp().sum(-1)
+                largest = top
         else:
-            norm = lse.index_select(1, rows).to(dtype)
+            base, power = lse.index_select(1, rows).to(dtype), scores.new_ones((heads, ROWS))
+        weight = head_weights[:, None] / power
         for j in range(0, n_keys, KEYS):
             cells, hidden = logits(q, place, j)
-            share = cells.sub_(norm[..., None]).exp_().masked_fill_(hidden, 0)
-            total[..., j : j + KEYS] += share.mul_(head_weights[:, None, None]).sum(over)
+            share = cells.sub_(base[..., None]).exp_().mul_(weight[..., None]).masked_fill_(hidden, 0)
+            total[..., j : j + KEYS] += share.sum(over)
     length = scores.shape[-1]
     scores[..., key_order[:length]] = total[..., :length] / n_counted.clamp(min=1)
 

@@ -65,6 +65,14 @@ def token_scores(
     ``causal=True`` and the last row alone it is FastV's score, with the last rows SnapKV's before pooling;
     `lyra_ops.token_select.policies` has those and more.
     """
+    options = query_mask, key_mask, key_limits, key_bias, head_weights, scale, causal, lse, per_head
+    return _run(*padded_arguments(query, key, *options, backend))
+
+
+def padded_arguments(
+    query, key, query_mask, key_mask, key_limits, key_bias, head_weights, scale, causal, lse, per_head, backend
+) -> tuple[str, tuple]:
+    """The backend that serves a call of `token_scores`, and the arguments of its raw op; all checked."""
     check_tensor("query", query, shape=("B", "Hq", "Lq", "D"), dtypes=FLOAT_DTYPES)
     batch, heads, rows, dim = query.shape
     check_tensor("key", key, shape=(batch, "Hkv", "L", dim), dtypes=(query.dtype,), device=query.device)
@@ -80,7 +88,7 @@ def token_scores(
     if causal and rows > length:
         raise ValueError(f"causal: got {rows} query rows and {length} keys, expected at most as many rows as keys")
     given = [tensor for tensor, *_ in per_token.values()]
-    return _score(query, key, *given, head_weights, scale, causal, per_head, (None, None), backend)
+    return _arguments(query, key, *given, head_weights, scale, causal, per_head, (None, None), backend)
 
 
 @torch.no_grad()
@@ -136,12 +144,12 @@ def token_scores_packed(
     given = [None if tensor is None else tensor[None] for tensor, *_ in per_token.values()]
     query, key = query.transpose(0, 1)[None], key.transpose(0, 1)[None]
     packed = cu_seqlens_q, cu_seqlens_k
-    return _score(query, key, *given, head_weights, scale, causal, per_head, packed, backend)[0]
+    return _run(*_arguments(query, key, *given, head_weights, scale, causal, per_head, packed, backend))[0]
 
 
-def _score(
+def _arguments(
     query, key, query_mask, key_mask, key_limits, key_bias, lse, head_weights, scale, causal, per_head, packed, backend
-):
+) -> tuple[str, tuple]:
     heads, dim, kv_heads = query.shape[1], query.shape[3], key.shape[1]
     if kv_heads == 0 or heads == 0 or heads % kv_heads:
         raise ValueError(f"query: got {heads} heads, expected a positive multiple of the {kv_heads} heads of key")
@@ -167,7 +175,9 @@ def _score(
     elif why_not["cuda"] is None and dim > most:
         why_not["cuda"] = f"its tiles hold {most} channels of {query.dtype}, and query has {dim}"
     if query.device.type == "cuda" or backend == "triton":  # else nothing of Triton is imported
-        why_not["triton"] = _why_not_triton(query, packed)
+        from lyra_ops.token_select import triton
+
+        why_not["triton"] = triton.why_not(query)
     arguments = (
         query,
         key,
@@ -181,13 +191,15 @@ def _score(
         lse,
         per_head,
     )
-    chosen = choose("token_scores", why_not, backend)
+    return choose("token_scores", why_not, backend), (*arguments, *packed)
+
+
+def _run(chosen: str, arguments: tuple) -> Tensor:
     if chosen == "triton":
         from lyra_ops.token_select import triton
 
         return triton.token_scores(*arguments)
-    raw_op = reference.token_scores if chosen == "reference" else torch.ops.lyra.token_select_scores
-    return raw_op(*arguments, *packed)
+    return (reference.token_scores if chosen == "reference" else torch.ops.lyra.token_select_scores)(*arguments)
 
 
 def _check_given(arguments: dict[str, tuple], device: torch.device) -> None:
@@ -208,12 +220,6 @@ def _head_weights(weights: object, query: Tensor, samples: int) -> Tensor:
             raise ValueError("head_weights: got weights that sum to 0, expected a positive sum")
     weights = weights.to(torch.float64 if query.dtype == torch.float64 else torch.float32)
     return (weights / weights.sum(-1, keepdim=True)).expand(samples, heads)
-
-
-def _why_not_triton(query: Tensor, packed: tuple[Tensor | None, ...]) -> str | None:
-    from lyra_ops.token_select import triton
-
-    return triton.why_not(query) if packed[0] is None else "it takes padded batches alone"
 
 
 @register_fake("token_select_scores")

@@ -135,27 +135,14 @@ def select_tokens_packed(
 
 
 def _select(scores, candidates, keep, min_keep, key_mask, bias, segments, capacity, layout, cu_seqlens, backend):
-    shape, device = tuple(scores.shape), scores.device
-    check_tensor("candidates", candidates, shape=shape, dtypes=(torch.bool,), device=device)
-    if key_mask is not None:
-        check_tensor("key_mask", key_mask, shape=shape, dtypes=(torch.bool,), device=device)
+    shape = tuple(scores.shape)
+    samples = shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    segments, keep, most, width = checked_selection(
+        shape, samples, scores.device, candidates, keep, min_keep, key_mask, bias, segments, capacity, layout
+    )
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if bias is not None:
-        bias_shape = shape[-1:] if isinstance(bias, Tensor) and bias.ndim == 1 else shape
-        check_tensor("bias", bias, shape=bias_shape, dtypes=FLOAT_DTYPES, device=device)
         scores = scores + bias
-    if segments is not None:
-        check_tensor("segments", segments, shape=shape, dtypes=INT_DTYPES, device=device)
-        segments = segments.long()
-    samples = shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    keep = _check_keep(keep, samples, segments, device)
-    _check_count("min_keep", min_keep)
-    if segments is not None and readable(segments):
-        _check_segments(segments, candidates if key_mask is None else candidates & key_mask, keep)
-    most = math.prod(shape) if layout == "packed" else shape[1]
-    if capacity is not None:
-        _check_capacity(capacity, most)
-    width = most if capacity is None else capacity
 
     rows = (t if t is None or t.ndim == 2 else t[None] for t in (scores, candidates, key_mask, segments))
     scores, candidates, key_mask, segments = rows
@@ -164,16 +151,19 @@ def _select(scores, candidates, keep, min_keep, key_mask, bias, segments, capaci
         mask, lengths = reference.select_tokens(scores, candidates, keep, min_keep, key_mask, segments, cu_seqlens)
         index, inverse = reference.compact(mask, lengths, width, layout)
     else:
-        one_of_three = (
-            keep if isinstance(keep, Tensor) else None,
-            keep if isinstance(keep, float) else None,
-            keep if isinstance(keep, int) else None,
-        )
-        place = LAYOUTS.index(layout)
         index, lengths, inverse = torch.ops.lyra.token_select_select(
-            scores, candidates, key_mask, segments, *one_of_three, min_keep, width, place, cu_seqlens
+            scores,
+            candidates,
+            key_mask,
+            segments,
+            *one_of_three(keep),
+            min_keep,
+            width,
+            LAYOUTS.index(layout),
+            cu_seqlens,
         )
-    _check_fits(lengths, width, layout)
+    if width < most:
+        check_fits(lengths, width, layout)
     if capacity is None and samples:
         needed = int(lengths.sum() if layout == "packed" else lengths.max())
         if layout == "left":
@@ -186,6 +176,38 @@ def _select(scores, candidates, keep, min_keep, key_mask, bias, segments, capaci
     if layout == "packed":
         index = index[0]
     return TokenSelection(index, lengths, inverse if len(shape) == 2 else inverse[0])
+
+
+def checked_selection(
+    shape, samples, device, candidates, keep, min_keep, key_mask, bias, segments, capacity, layout
+) -> tuple[Tensor | None, float | int | Tensor, int, int]:
+    """Segments as int64, keep as `_check_keep` says, the greatest width that index may have, and the one it gets."""
+    check_tensor("candidates", candidates, shape=shape, dtypes=(torch.bool,), device=device)
+    if key_mask is not None:
+        check_tensor("key_mask", key_mask, shape=shape, dtypes=(torch.bool,), device=device)
+    if bias is not None:
+        bias_shape = shape[-1:] if isinstance(bias, Tensor) and bias.ndim == 1 else shape
+        check_tensor("bias", bias, shape=bias_shape, dtypes=FLOAT_DTYPES, device=device)
+    if segments is not None:
+        check_tensor("segments", segments, shape=shape, dtypes=INT_DTYPES, device=device)
+        segments = segments.long()
+    keep = _check_keep(keep, samples, segments, device)
+    _check_count("min_keep", min_keep)
+    if segments is not None and readable(segments):
+        _check_segments(segments, candidates if key_mask is None else candidates & key_mask, keep)
+    most = math.prod(shape) if layout == "packed" else shape[1]
+    if capacity is not None:
+        _check_capacity(capacity, most)
+    return segments, keep, most, most if capacity is None else capacity
+
+
+def one_of_three(keep: float | int | Tensor) -> tuple[Tensor | None, float | None, int | None]:
+    """``keep`` as the raw ops take it: keep, share, count."""
+    return (
+        keep if isinstance(keep, Tensor) else None,
+        keep if isinstance(keep, float) else None,
+        keep if isinstance(keep, int) else None,
+    )
 
 
 def _check_keep(keep: object, samples: int, segments: Tensor | None, device: torch.device) -> float | int | Tensor:
@@ -232,7 +254,7 @@ def _check_capacity(capacity: int, most: int) -> None:
         raise ValueError(f"capacity: got {capacity}, expected at most the {most} tokens of a sample")
 
 
-def _check_fits(lengths: Tensor, capacity: int, layout: str) -> None:
+def check_fits(lengths: Tensor, capacity: int, layout: str) -> None:
     needed = lengths.sum().view(1) if layout == "packed" else lengths
     fits = (needed <= capacity).all()
     if not readable(lengths):

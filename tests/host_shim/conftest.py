@@ -11,6 +11,7 @@ from types import ModuleType
 
 import pybind11
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 FLAGS = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
@@ -37,3 +38,21 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
         return module
 
     return build
+
+
+@pytest.fixture(scope="session")
+def load_ops(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], None]:
+    """load_ops(source): torch then has the ops that tests/host_shim/<source> registers, for CPU tensors."""
+
+    def load_ops(source: str) -> None:
+        library = tmp_path_factory.mktemp("host_shim") / f"{Path(source).stem}.so"
+        home = Path(torch.__file__).parent
+        folders = [ROOT / "tests" / "host_shim" / "without_gpu", ROOT / "csrc", ROOT / "csrc" / "include"]
+        include = [f"-I{path}" for path in folders] + [f"-isystem{home / 'include'}"]
+        command = ["g++", *FLAGS, "-DLYRA_HOST_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", *include]
+        linked = [f"-L{home / 'lib'}", "-ltorch_cpu", "-ltorch"]
+        source = str(ROOT / "tests" / "host_shim" / source)
+        subprocess.run([*command, source, "-o", str(library), *linked], check=True)
+        torch.ops.load_library(library)
+
+    return load_ops

@@ -6,6 +6,7 @@
 #include "multi_lora/multi_lora.cuh"
 
 namespace py = pybind11;
+using namespace lyra;
 using namespace lyra::multi_lora;
 
 namespace {
@@ -82,18 +83,16 @@ void run_expand(const std::string& type, py::array y, Floats h, py::array bank, 
   });
 }
 
-Floats run_outer(const std::string& type, Floats h, py::array z, Ints table, Floats scaling, py::dict plan,
-                 int64_t bank_rows, int multiprocessors) {
+// Into `out`, or added to it.
+void run_outer(Floats out, const std::string& type, Floats h, py::array z, Ints table, Floats scaling, py::dict plan,
+               int multiprocessors, bool adds) {
   const Plan p = plan_of(plan);
   const int64_t size = z.shape(1), width = h.shape(2);
   auto space = workspace(outer_workspace(p, size, width, multiprocessors));
-  Floats out({bank_rows, size});
-  std::fill_n(out.mutable_data(), out.size(), NAN);
   with_type(type, [&]<class T>(T) {
-    check(outer<T>(p, adapters_of(table, scaling), mask_of(plan), h.data(), width, rows<T>(z), size, out.mutable_data(),
-                   space.data(), multiprocessors, nullptr));
+    check(outer<T>(p, adapters_of(table, scaling), mask_of(plan), h.data(), width, rows<T>(z), size, adds,
+                   out.mutable_data(), space.data(), multiprocessors, nullptr));
   });
-  return out;
 }
 
 template <class Id>

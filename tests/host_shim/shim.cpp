@@ -72,6 +72,16 @@ __global__ void mailboxes(int* slots, int* out) {
   out[threadIdx.x] = boxes[0];
 }
 
+// The first thread posts two words; what the others find of the second once they have seen the first.
+__global__ void two_words(int*, int* out, uint64_t* words) {
+  if (threadIdx.x == 0) {
+    lyra::post(words, 1);
+    lyra::post(words + 1, 1);
+  }
+  while (lyra::peek(words) == 0) lyra::spin_wait();
+  out[threadIdx.x] = static_cast<int>(lyra::peek(words + 1));
+}
+
 __global__ void nobody_writes(int* slots, int*) {
   volatile int* box = slots;
   while (*box == 0) lyra::spin_wait();
@@ -168,6 +178,10 @@ PYBIND11_MODULE(LYRA_MODULE, m) {
   m.def("half_a_barrier", [] { return run(half_a_barrier); });
   m.def("sum_and_vote", [] { return run(sum_and_vote); });
   m.def("mailboxes", [] { return run(mailboxes); });
+  m.def("two_words", [] {
+    uint64_t words[2] = {};
+    return run(two_words, words + 0);
+  });
   m.def("nobody_writes", [] { return run(nobody_writes); });
   m.def("count", [] { return run(count); });
   m.def("read_shared", [] { return run(read_shared); });

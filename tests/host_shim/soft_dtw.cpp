@@ -77,7 +77,8 @@ py::tuple run_backward_on_cpu(const Arguments& a, Array<typename Format::Real> g
   auto entropy = fresh<T>({with_entropy ? a.batch : 0});
   auto bytes = memory(workspace_bytes(problem, kBackwardWords));
   check(backward<Format>(problem, grad_value.data(), 1, value.data(), probs.data(),
-                         {grad_cost.mutable_data(), dropping ? grad_drop.mutable_data() : nullptr,
+                         {{grad_cost.mutable_data(), a.rows * a.columns, a.columns},
+                          dropping ? grad_drop.mutable_data() : nullptr,
                           with_entropy ? entropy.mutable_data() : nullptr},
                          bytes.data(), nullptr));
   return py::make_tuple(grad_cost, grad_drop, entropy);
@@ -95,11 +96,12 @@ py::tuple run_curvature_on_cpu(const Arguments& a, Array<typename Format::Real> 
   auto bytes = memory(workspace_bytes(problem, kCurvatureWords)), turns = memory(turns_bytes<T>(problem));
   const Direction<T> direction{
       {data(along), a.rows * a.columns, a.columns}, data(along_drop), {0, nullptr, data(along_gamma)}};
-  check(curvature<Format>(
-      problem, gamma_of(gamma, gammas), direction, grad_value.data(), 1, value.data(), probs.data(),
-      slope.mutable_data(),
-      {grad_cost.mutable_data(), dropping ? grad_drop.mutable_data() : nullptr, grad_gamma.mutable_data()},
-      turns.data(), bytes.data(), nullptr));
+  check(curvature<Format>(problem, gamma_of(gamma, gammas), direction, grad_value.data(), 1, value.data(), probs.data(),
+                          slope.mutable_data(),
+                          {{grad_cost.mutable_data(), a.rows * a.columns, a.columns},
+                           dropping ? grad_drop.mutable_data() : nullptr,
+                           grad_gamma.mutable_data()},
+                          turns.data(), bytes.data(), nullptr));
   return py::make_tuple(slope, grad_cost, grad_drop, grad_gamma);
 }
 
@@ -122,6 +124,7 @@ PYBIND11_MODULE(LYRA_MODULE, m) {
     auto& settings = lyra::host::settings();
     settings.order = order == "forward"   ? lyra::host::kForward
                      : order == "reverse" ? lyra::host::kReverse
+                     : order == "lazy"    ? lyra::host::kLazy
                                           : lyra::host::kShuffled;
     settings.seed = seed;
     settings.resident = resident;

@@ -25,6 +25,12 @@ def test_a_barrier_orders_the_threads_of_a_block(shim):
     assert shim.rotate("block") == [(t + 1) % THREADS for t in range(THREADS)]
 
 
+@pytest.mark.parametrize(("order", "seen"), [("forward", 1), ("lazy", 0)])
+def test_who_has_posted_a_word_may_take_long_to_post_the_next(built, order, seen):
+    built.configure({"forward": 0, "lazy": 3}[order], 0)
+    assert built.two_words() == [1] + [seen] * (THREADS - 1)
+
+
 @pytest.mark.parametrize("barrier", ["warp", "none"])
 def test_a_missing_block_barrier_is_a_race(shim, barrier):
     with pytest.raises(RuntimeError, match="race"):

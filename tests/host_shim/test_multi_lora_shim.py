@@ -60,18 +60,11 @@ def run_expand(kernels: ModuleType, p: Problem, y: Tensor) -> Tensor:
     return y
 
 
-def run_outer(kernels: ModuleType, p: Problem, multiprocessors: int = MANY) -> Tensor:
-    out = kernels.outer(
-        name_of(p.x),
-        p.h.numpy(),
-        array(p.x),
-        p.table.numpy(),
-        p.scaling.numpy(),
-        plan_of(p),
-        p.rows,
-        multiprocessors,
-    )
-    return torch.from_numpy(out)
+def run_outer(kernels: ModuleType, p: Problem, multiprocessors: int = MANY, add_to: Tensor | None = None) -> Tensor:
+    out = torch.full((p.rows, p.x.shape[1]), torch.nan) if add_to is None else add_to.clone()
+    given = (name_of(p.x), p.h.numpy(), array(p.x), p.table.numpy(), p.scaling.numpy(), plan_of(p), multiprocessors)
+    kernels.outer(out.numpy(), *given, add_to is not None)
+    return out
 
 
 def base(p: Problem) -> Tensor:
@@ -130,6 +123,18 @@ def check_parts_of_the_sum_do_not_show(kernels: ModuleType) -> None:
     for case in (Case(9, (16,), 700, BF16), Case(9, (5,), 300, unrouted=0), Case(3, (4,), 2100, BF16, unrouted=0)):
         p = make(case)
         assert torch.equal(run_shrink(kernels, p, 1).nan_to_num(), run_shrink(kernels, p, MANY).nan_to_num())
+
+
+def check_gradients_accumulate(kernels: ModuleType) -> None:
+    """In float32: what is there plus what is new, absent adapters left as they are."""
+    p = make(Case(130, (20, 1, 70), 136, BF16, runs=True, absent=(1,)))
+    before = torch.randn(p.rows, p.x.shape[1], generator=torch.Generator().manual_seed(4))
+    plain, exact = (before.to(dtype) + outer(p, dtype) for dtype in (torch.float32, torch.float64))
+    for multiprocessors in (1, MANY):
+        got = run_outer(kernels, p, multiprocessors, add_to=before)
+        assert_within_reference_error(got, plain, exact)
+        row, rank, _ = p.table[1].tolist()
+        assert torch.equal(got[row : row + rank], before[row : row + rank])
 
 
 def check_a_token_alone(kernels: ModuleType) -> None:
@@ -197,8 +202,10 @@ class Shim:
         ids = torch.zeros(h.shape[:2], dtype=torch.int32)
         plan = {"ids": ids, "starts": starts, "pairs": pairs, "chunks": chunks, "present": ids}
         plan = plan_of(Problem(z, h, z, table, scaling, ids, weights, seed, drop, plan))
-        given = (name_of(z), h.numpy(), array(z), table.numpy(), scaling.numpy(), plan, rows, MANY)
-        return torch.from_numpy(self.kernels.outer(*given))
+        out = torch.full((rows, z.shape[1]), torch.nan)
+        given = (name_of(z), h.numpy(), array(z), table.numpy(), scaling.numpy(), plan, MANY, False)
+        self.kernels.outer(out.numpy(), *given)
+        return out
 
 
 @pytest.mark.parametrize("drop", [0, 1 << 14])

@@ -23,7 +23,12 @@ from lyra_ops.testing import assert_within_reference_error
 SOURCES = Path(__file__).parents[2] / "csrc" / "soft_dtw"
 # Which thread goes first, and how many blocks the device has room for: one at a time, the last first, is where a block
 # that waits for one that is not begun yet waits for ever.
-ORDERS = {"forward": ("forward", 0, 0), "reverse": ("reverse", 0, 1), "shuffled": ("shuffled", 1, 4)}
+ORDERS = {
+    "forward": ("forward", 0, 0),
+    "reverse": ("reverse", 0, 1),
+    "shuffled": ("shuffled", 1, 4),
+    "lazy": ("lazy", 0, 4),
+}
 # Relative L2 error of the alignment: what shares of 16 and 8 bits are promised to keep to.
 BARS = {16: 1e-4, 8: 1e-2}
 
@@ -446,8 +451,7 @@ def test_the_fake_op_knows_how_much_is_kept(kernels: ModuleType, rows: int, colu
         assert probs.shape == kept
 
 
-# What keeps threads and blocks in order: each barrier, the tickets, the waiting for letters. Waiting for other strips'
-# sums is not among them: a strip's sum comes right behind its last letters, and no order of the shim parts them.
+# What keeps threads and blocks in order: each barrier, the tickets, the waiting for letters and for other strips' sums.
 FILES = {path.name: path.read_text() for path in [*sorted(SOURCES.glob("*.h")), SOURCES / "soft_dtw.cuh"]}
 GUARDS = {
     "ticket": (
@@ -456,6 +460,7 @@ GUARDS = {
         "ticket = (void(tickets), blockIdx.x);",
     ),
     "letter": ("sweep.h", "while (!__all_sync(kAllLanes, letter.is_here()))", "if (false)"),
+    "sum": ("sweep.h", "while (found == kAbsent)", "while (false)"),
     "absent": ("soft_dtw.cuh", "slots[k] = kAbsent;", "slots[k] = 0;"),
     "skew": (
         "sweep.h",

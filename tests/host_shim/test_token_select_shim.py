@@ -168,6 +168,10 @@ def check_more_kept_than_there_is_room(kernels: ModuleType) -> None:
         )
         assert lengths.tolist() == [30]
         assert index.shape == (1, 7)
+        with pytest.raises(RuntimeError, match="keeps more tokens"):
+            kernels.select(
+                scores.numpy(), all_of_them, None, None, 1, None, None, -1.0, 30, 0, 29, layout, None, False, True
+            )
 
 
 def check_cu_seqlens_of_no_sense_touch_nothing_outside(kernels: ModuleType) -> None:

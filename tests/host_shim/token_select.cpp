@@ -39,7 +39,8 @@ Array<int64_t> poisoned(std::vector<int64_t> shape) {
 // scores (B, P, L), or (1, P, T) with cu_seqlens.
 py::tuple run_select(Array<float> scores, Array<bool> candidates, Maybe<bool> key_mask, Maybe<int64_t> segment,
                      int64_t segments, Maybe<int64_t> counts, Maybe<double> shares, double share, int64_t count,
-                     int64_t min_keep, int64_t capacity, int layout, Maybe<int32_t> cu_seqlens, bool split) {
+                     int64_t min_keep, int64_t capacity, int layout, Maybe<int32_t> cu_seqlens, bool split,
+                     bool complete) {
   const int64_t rows = scores.shape(0), length = scores.shape(2);
   const int64_t batch = cu_seqlens ? cu_seqlens->size() - 1 : rows;
   const bool per_segment = (counts && counts->ndim() == 2) || (shares && shares->ndim() == 2);
@@ -52,12 +53,14 @@ py::tuple run_select(Array<float> scores, Array<bool> candidates, Maybe<bool> ke
       capacity,
       segments,
       scores.data(),
+      nullptr,
       candidates.data(),
       pointer(key_mask),
       pointer(segment),
       pointer(cu_seqlens),
       {pointer(counts), pointer(shares), per_segment ? segments : 1, per_segment ? 1 : 0, share, count, min_keep},
       static_cast<Layout>(layout),
+      complete,
       index.mutable_data(),
       lengths.mutable_data(),
       inverse.mutable_data()};
@@ -101,7 +104,10 @@ std::vector<int64_t> run_gather(const std::vector<py::tuple>& tensors, Array<int
 }  // namespace
 
 PYBIND11_MODULE(LYRA_MODULE, m) {
-  m.def("select", &run_select);
+  using namespace py::literals;
+  m.def("select", &run_select, "scores"_a, "candidates"_a, "key_mask"_a, "segment"_a, "segments"_a, "counts"_a,
+        "shares"_a, "share"_a, "count"_a, "min_keep"_a, "capacity"_a, "layout"_a, "cu_seqlens"_a, "split"_a,
+        "complete"_a = false);
   m.def("gather", &run_gather);
   m.def("configure", [](const std::string& order, unsigned seed) {
     auto& settings = lyra::host::settings();

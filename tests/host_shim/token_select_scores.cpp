@@ -34,6 +34,10 @@ py::tuple run(const std::string& dtype, std::array<int64_t, 6> sizes, int64_t qu
               Maybe<float> key_bias, Maybe<float> head_weights, Maybe<double> lse, float scale, bool causal,
               bool per_head, Maybe<int32_t> cu_q, Maybe<int32_t> cu_k) {
   const auto [batch, heads, kv_heads, rows, keys, dim] = sizes;
+  const int64_t out_batch = cu_q ? 1 : batch;
+  const bool single = lse && batch % 2 == 1;  // given in either precision
+  std::vector<float> lse_single;
+  if (single) lse_single.assign(lse->data(), lse->data() + lse->size());
   Problem p{batch,
             heads,
             kv_heads,
@@ -49,14 +53,15 @@ py::tuple run(const std::string& dtype, std::array<int64_t, 6> sizes, int64_t qu
             pointer(key_limits),
             pointer(key_bias),
             pointer(head_weights),
-            pointer(lse),
+            single ? nullptr : pointer(lse),
+            single ? lse_single.data() : nullptr,
             scale,
             causal,
             per_head,
             nullptr};
-  const int64_t out_batch = cu_q ? 1 : batch;
+
   py::array_t<float> planes({out_batch, p.n_planes(), keys}), scores({out_batch, keys});
-  std::fill_n(planes.mutable_data(), planes.size(), 0.0f);
+  std::fill_n(planes.mutable_data(), planes.size(), p.is_short() ? NAN : 0.0f);
   std::fill_n(scores.mutable_data(), scores.size(), NAN);
   p.planes = planes.mutable_data();
   std::vector<char> memory(static_cast<size_t>(Workspace().place(p, nullptr)) + 16, 0x7f);

@@ -5,6 +5,8 @@
 // on, so a kernel that relies on an accident of timing shows it in one order or the other:
 //   kForward / kReverse   always the lowest / highest thread that can run: one warp gets as far ahead as it may
 //   kShuffled             any of them, drawn from `seed`
+//   kLazy                 as kForward, but who has posted a word goes on only when nobody else can, the last block
+//                         first: others see the word long before what comes after it
 // With `resident` > 0 that many blocks run at once, as on a GPU that has room for no more, and `order` also says which
 // block begins next: so blocks that wait for each other show it where they rely on who begins first, or on company.
 // Shared memory starts as NaN. `exchange_load` and `exchange_store` are checked for races, in whatever order the fibers
@@ -49,7 +51,7 @@ inline uint3 threadIdx, blockIdx, blockDim, gridDim;
 namespace lyra {
 namespace host {
 
-enum Order { kForward, kReverse, kShuffled };
+enum Order { kForward, kReverse, kShuffled, kLazy };
 
 struct Settings {
   Order order = kForward;
@@ -57,6 +59,8 @@ struct Settings {
   size_t shared_bytes = 227 * 1024;
   int resident = 0;  // blocks that run at once; 0: one after the other, the first first
 };
+
+inline int launches = 0;  // so far
 
 inline Settings& settings() {
   static Settings s;
@@ -66,7 +70,7 @@ inline Settings& settings() {
 constexpr int kWarp = 32;
 constexpr size_t kStackBytes = 128 * 1024;
 
-enum State { kReady, kAtBlockBarrier, kAtWarpOp, kSpinning, kDone };
+enum State { kReady, kAtBlockBarrier, kAtWarpOp, kSpinning, kResting, kDone };
 
 // Sixteen bytes that a thread has asked for, and that are there once it has waited for them (lyra/async_copy.h).
 struct PendingCopy {
@@ -169,7 +173,16 @@ class Device {
   void spin() { wait(kSpinning, "spin"); }
   int lane() const { return thread_ % kWarp; }
   void warp_barrier_passed() { ++place().warp_barriers[thread_]; }
-  void posted() { idle_rounds_ = 0; }
+  void posted() {
+    idle_rounds_ = 0;
+    if (settings().order == kLazy) wait(kResting, "post");
+  }
+
+  // Of the running fiber, and so of the launch.
+  void fail(const char* what) {
+    if (error_.empty()) error_ = what;
+    wait(kDone, "failure");
+  }
 
   void begin_copy(uint32_t* to, const void* from) {
     for (int i = 0; i < 4; ++i) {
@@ -319,6 +332,11 @@ class Device {
       fibers_[t].state = kReady;
       some = true;
     }
+    for (size_t t = places_.size() * threads_; t-- > 0;) {
+      if (places_[t / threads_].block < 0 || fibers_[t].state != kResting) continue;
+      fibers_[t].state = kReady;
+      return true;
+    }
     return some && ++idle_rounds_ < 10000;
   }
 
@@ -420,8 +438,8 @@ inline uint64_t peek(const uint64_t* from) { return *from; }
 
 inline void post(uint64_t* to, uint64_t word, bool wanted = true) {
   if (!wanted) return;
-  host::device().posted();
   *to = word;
+  host::device().posted();
 }
 
 // In the loop of a thread that waits for another's write: lets the others run.
@@ -433,6 +451,7 @@ template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, cudaStream_t,
                    Arguments... arguments) {
   if (threads < 1 || threads > 1024 || shared_bytes > host::settings().shared_bytes) return cudaErrorInvalidValue;
+  ++host::launches;
   host::device().run([=] { kernel(arguments...); }, static_cast<int>(blocks), threads, shared_bytes);
   return cudaSuccess;
 }

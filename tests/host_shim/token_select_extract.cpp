@@ -1,0 +1,145 @@
+// Score, select and gather in one call, csrc/token_select/extract.cuh, and by the kernels of each step alone, run on
+// the CPU by lyra/host_cuda.h, as a Python module.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <optional>
+#include <vector>
+
+#include "token_select/extract.cuh"
+
+namespace py = pybind11;
+using namespace lyra::token_select;
+
+namespace {
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style>;
+template <class T>
+using Maybe = std::optional<Array<T>>;
+
+template <class T>
+const T* pointer(const Maybe<T>& array) {
+  return array ? array->data() : nullptr;
+}
+
+void check(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error("launch failed");
+}
+
+// Device memory that holds anything, 16-byte aligned.
+struct Memory {
+  std::vector<char> bytes;
+  explicit Memory(int64_t size) : bytes(static_cast<size_t>(size) + 16, 0x7f) {}
+  void* at() { return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(bytes.data()) + 15) & ~uintptr_t{15}); }
+};
+
+Array<int64_t> poisoned(std::vector<int64_t> shape) {
+  Array<int64_t> array(shape);
+  std::fill_n(array.mutable_data(), array.size(), int64_t{-77});
+  return array;
+}
+
+// query (B,Hq,Lq,D), key (B,Hkv,L,D) as bits of bfloat16, adjacent. tensors: (from, to, planes, row_bytes,
+// plane_stride, sample_stride, token_stride). Returns index, lengths, inverse and the number of launches.
+py::tuple run(bool fused, Array<uint16_t> query, Array<uint16_t> key, Maybe<bool> query_mask, Maybe<bool> key_mask,
+              Maybe<float> key_bias, Maybe<float> head_weights, Maybe<float> lse, bool causal, Array<bool> candidates,
+              Maybe<float> bias, Maybe<int64_t> segment, int64_t segments, Maybe<int64_t> counts, double share,
+              int64_t min_keep, int64_t capacity, int layout, bool complete,
+              const std::vector<std::array<int64_t, 7>>& tensors) {
+  const int64_t batch = query.shape(0), heads = query.shape(1), rows = query.shape(2), dim = query.shape(3);
+  const int64_t kv_heads = key.shape(1), length = key.shape(2);
+  const Problem scored_without_planes{batch,
+                                      heads,
+                                      kv_heads,
+                                      rows,
+                                      length,
+                                      dim,
+                                      {query.data(), heads * rows * dim, rows * dim, dim, 1, dim % 8 == 0},
+                                      {key.data(), kv_heads * length * dim, length * dim, dim, 1, dim % 8 == 0},
+                                      nullptr,
+                                      nullptr,
+                                      pointer(query_mask),
+                                      pointer(key_mask),
+                                      nullptr,
+                                      pointer(key_bias),
+                                      pointer(head_weights),
+                                      nullptr,
+                                      pointer(lse),
+                                      1.0f / static_cast<float>(std::sqrt(dim)),
+                                      causal,
+                                      false,
+                                      nullptr};
+  Problem scored = scored_without_planes;
+  std::vector<float> planes(static_cast<size_t>(batch * kv_heads * length), scored.is_short() ? NAN : 0.0f);
+  scored.planes = planes.data();
+  const bool per_segment = counts && counts->ndim() == 2;
+  auto index = poisoned({layout == kPacked ? 1 : batch, capacity}), lengths = poisoned({batch});
+  auto inverse = poisoned({batch, length});
+  Selection p{batch,
+              kv_heads,
+              length,
+              capacity,
+              segments,
+              planes.data(),
+              pointer(bias),
+              candidates.data(),
+              pointer(key_mask),
+              pointer(segment),
+              nullptr,
+              {pointer(counts), nullptr, per_segment ? segments : 1, per_segment ? 1 : 0, share, 0, min_keep},
+              static_cast<Layout>(layout),
+              complete,
+              index.mutable_data(),
+              lengths.mutable_data(),
+              inverse.mutable_data()};
+  Table table{batch, length, index.shape(0), capacity, index.data(), layout == kPacked, 0, {}};
+  for (const auto& [from, to, n_planes, row_bytes, plane_stride, sample_stride, token_stride] : tensors) {
+    table.tensors[table.count++] = {reinterpret_cast<const char*>(from),
+                                    reinterpret_cast<char*>(to),
+                                    n_planes,
+                                    1,
+                                    row_bytes,
+                                    plane_stride,
+                                    sample_stride,
+                                    token_stride,
+                                    0,
+                                    {0x0101010101010101, 0x0101010101010101},
+                                    0,
+                                    0,
+                                    0};
+  }
+  Memory workspace(Workspace().place(scored, nullptr));
+  lyra::host::launches = 0;
+  if (fused) {
+    Memory more(extract_workspace_bytes(scored, p));
+    check(extract<lyra::Bf16>(scored, p, table, workspace.at(), more.at(), nullptr));
+    return py::make_tuple(index, lengths, inverse, lyra::host::launches);
+  }
+  check(score_planes<lyra::Bf16>(scored, workspace.at(), nullptr));
+  std::vector<float> scores(static_cast<size_t>(batch * length), NAN);
+  check(sum_planes(planes.data(), kv_heads, length, batch * length, scores.data(), nullptr));
+  for (size_t i = 0; bias && i < scores.size(); ++i) scores[i] += bias->data()[i];
+  p.planes = 1;
+  p.scores = scores.data();
+  p.bias = nullptr;
+  Memory more(select_workspace_bytes(p, select_plan(p)));
+  check(select(p, select_plan(p), more.at(), nullptr));
+  check(gather(table, nullptr));
+  return py::make_tuple(index, lengths, inverse, lyra::host::launches);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(LYRA_MODULE, m) {
+  m.def("run", &run);
+  m.def("configure", [](const std::string& order, unsigned seed) {
+    auto& settings = lyra::host::settings();
+    settings.order = order == "forward"   ? lyra::host::kForward
+                     : order == "reverse" ? lyra::host::kReverse
+                                          : lyra::host::kShuffled;
+    settings.seed = seed;
+  });
+}
