@@ -8,10 +8,10 @@
 //
 // The shares that backward needs are kept in records, one per step, in the order of the steps: no transposing either
 // way. A record holds, for all lanes,
-//   store 16: 32 bit (diagonal, up << 16) in units of 1 / 65535;   8: 16 bit likewise, units of 1 / 255;
+//   store 16: 32 bit (diagonal, diagonal + up << 16) in units of 1 / 65535;   8: 16 bit likewise, units of 1 / 255;
 //   store 64: the doubles diagonal, then up;   and with dropping then `keep` of 16 bit, 8 bit or double.
-// The left share is what is missing to 1, as a whole number of units: exactly 0 where nothing comes from the left, so
-// that no weight leaks into a cell without a path. Rounding is dithered by the cell's place, because equal shares
+// The left share is what is missing to 1, so the three are 1 in sum; each is exactly 0 where nothing comes from there,
+// so that no weight leaks into a cell without a path. Rounding is dithered by the cell's place, because equal shares
 // (ties) rounded the same way everywhere would pull the path to one side.
 #pragma once
 
@@ -204,11 +204,17 @@ inline int64_t record_bytes(int store, bool dropping) {
 
 template <typename T>
 struct Shares {
-  Vec<T> diagonal, up, unit;  // the first two times the third are the shares, in units
-  Vec<IntOf<T>> no_left;
+  Vec<T> diagonal, up, both, sum;  // both = diagonal + up, equal to the sum where nothing is left of it
+};
+
+template <typename T>
+struct Part {
+  Vec<T> part, sum;
 };
 
 // Z = exp(-R / gamma) as mantissa in [1, 2) times 2^exponent; zero is any number with an exponent below kZero / 2.
+// Bringing a mantissa back to [1, 2) takes it through several instructions, so the left neighbour, the one that a step
+// has to wait for, is taken as it comes: within the kLanes steps of a tile its mantissa stays between 2^-5 and 2^9.
 // S: the cost's type. T: what it is computed in; float with 32-bit exponents is tried first, see `flagged`.
 template <typename S, typename T>
 struct Soft {
@@ -248,9 +254,14 @@ struct Soft {
   }
   static LYRA_INLINE Vec<T> from_bits(Vec<Int> bits) { return std::bit_cast<Vec<T>>(bits); }
 
-  // number / 2^(floor + kBias), for floor + kBias >= its exponent; 0 where a power of two below the normal ones arises.
-  static LYRA_INLINE Vec<T> scaled(const State& number, Vec<Int> floor) {
-    return number.mantissa * from_bits(most(number.exponent - floor, Vec<Int>{}) << kBits);
+  // number / 2^top, for top >= its exponent. What is less than 2^-kFar of the top comes out as 0 or, if narrow, as
+  // about that, too little to change a sum with the top's number or to be a unit of it.
+  static LYRA_INLINE Vec<T> aligned(const State& number, Vec<Int> top) {
+    constexpr Int kFar = kNarrow ? 120 : 1000;
+    const auto shift = most(number.exponent - top, Vec<Int>{} - kFar);
+    const auto to = from_bits(std::bit_cast<Vec<Int>>(number.mantissa) + (shift << kBits));
+    if constexpr (kNarrow) return to;
+    return shift == -kFar ? Vec<T>{} : to;
   }
 
   // Whether all costs of a tile are within the limit.
@@ -305,31 +316,31 @@ struct Soft {
     return w;
   }
 
-  // number 2^(floor + kBias)
-  static LYRA_INLINE State normalised(Vec<T> number, Vec<Int> floor) {
+  static LYRA_INLINE State normalised(const State& number) {
     constexpr Int kOne = kBias << kBits, kFraction = (Int{1} << kBits) - 1;
-    const auto bits = std::bit_cast<Vec<Int>>(number);
-    return {from_bits((bits & kFraction) | kOne), most(floor + (bits >> kBits), Vec<Int>{} + kZero)};
+    const auto bits = std::bit_cast<Vec<Int>>(number.mantissa);
+    const auto exponent = (number.exponent - kBias) + (bits >> kBits);
+    return {from_bits((bits & kFraction) | kOne), most(exponent, Vec<Int>{} + kZero)};
   }
 
+  // Not normalised; nor need `left` be.
   template <bool kOpen>
-  LYRA_INLINE State match(Vec<S> cost, const State& diagonal, const State& up, const State& left, T unit,
-                          Shares<T>& shares) {
+  LYRA_INLINE State match(Vec<S> cost, const State& diagonal, const State& up, const State& left, Shares<T>& shares) {
     const State w = weight<kOpen>(cost);
-    const auto floor = most(left.exponent, most(diagonal.exponent, up.exponent)) - kBias;
-    const auto a = scaled(diagonal, floor), b = scaled(up, floor), c = scaled(left, floor);
-    const auto sum = a + (b + c);
-    shares = {a, b, unit / sum, c == T(0)};
-    return normalised(sum * w.mantissa, floor + w.exponent);
+    const auto top = most(left.exponent, most(diagonal.exponent, up.exponent));
+    const auto a = aligned(diagonal, top), b = aligned(up, top), c = aligned(left, top);
+    const auto sum = a + (b + c);  // the same transposed
+    shares = {a, b, a + b, sum};
+    return {sum * w.mantissa, top + w.exponent};
   }
 
   // What is left where row and column end in either way: matched, or dropped after `up`. keep: share of the first.
-  static LYRA_INLINE State merged(const State& matched, const State& up, const State& drop, T unit, Vec<T>& keep) {
+  static LYRA_INLINE State merged(const State& matched, const State& up, const State& drop, Part<T>& keep) {
     const State dropped = {up.mantissa * drop.mantissa, most(up.exponent + drop.exponent, Vec<Int>{} + kZero)};
-    const auto floor = most(matched.exponent, dropped.exponent) - kBias;
-    const auto a = scaled(matched, floor), sum = a + scaled(dropped, floor);
-    keep = a * (unit / sum);
-    return normalised(sum, floor);
+    const auto top = most(matched.exponent, dropped.exponent);
+    keep.part = aligned(matched, top);
+    keep.sum = keep.part + aligned(dropped, top);
+    return normalised({keep.sum, top});
   }
 
   double value(const State& state, int lane) const {
@@ -353,6 +364,7 @@ struct Hard {
   bool serves() const { return true; }
   static LYRA_INLINE State zero() { return {Vec<double>{} + std::numeric_limits<double>::infinity()}; }
   static State origin() { return {Vec<double>{}}; }
+  static LYRA_INLINE State normalised(const State& number) { return number; }
   static LYRA_INLINE State pushed(const State& lanes, const State& before) {
     return {soft_dtw_cpu::pushed(lanes.sum, before.sum)};
   }
@@ -364,18 +376,17 @@ struct Hard {
     return {sum};
   }
   template <bool kOpen>
-  LYRA_INLINE State match(Vec<S> cost, const State& diagonal, const State& up, const State& left, double unit,
+  LYRA_INLINE State match(Vec<S> cost, const State& diagonal, const State& up, const State& left,
                           Shares<double>& shares) {
+    const Vec<double> none = {}, all = none + 1.0;
     const auto from_diagonal = (diagonal.sum <= up.sum) & (diagonal.sum <= left.sum);
     const auto from_up = ~from_diagonal & (up.sum <= left.sum);
-    shares = {from_diagonal ? Vec<double>{} + 1.0 : Vec<double>{}, from_up ? Vec<double>{} + 1.0 : Vec<double>{},
-              Vec<double>{} + unit, from_diagonal | from_up};
+    shares = {from_diagonal ? all : none, from_up ? all : none, from_diagonal | from_up ? all : none, all};
     return {weight<kOpen>(cost).sum + least(diagonal.sum, least(up.sum, left.sum))};
   }
-  static LYRA_INLINE State merged(const State& matched, const State& up, const State& drop, double unit,
-                                  Vec<double>& keep) {
+  static LYRA_INLINE State merged(const State& matched, const State& up, const State& drop, Part<double>& keep) {
     const auto dropped = up.sum + drop.sum;
-    keep = matched.sum <= dropped ? Vec<double>{} + unit : Vec<double>{};
+    keep = {matched.sum <= dropped ? Vec<double>{} + 1.0 : Vec<double>{}, Vec<double>{} + 1.0};
     return {least(matched.sum, dropped)};
   }
   double value(const State& state, int lane) const { return state.sum[lane]; }
@@ -383,63 +394,68 @@ struct Hard {
 
 // --- shares in memory ---------------------------------------------------------------------------------------------
 
-// (i, j) -> a number in (1, 2), spread evenly over any part of the plane. Added before the fraction is cut off it
-// rounds, one unit too high. It keeps from 1 and 2 a distance above the rounding of the shares, so that whole numbers
-// of units stay what they are: 1/64 for 16 bits, 1/2048 for 8. i down the lanes, j = step - kSkew lane.
+// (i, j) -> 2^bits + u with 0 < u < 1 spread evenly over any part of the plane; added to a share in units, it leaves
+// the share rounded in the upper bits of the mantissa. u keeps from 0 and 1 a distance above the rounding of the sum,
+// so that whole numbers of units stay what they are. i down the lanes, j = step - kSkew lane.
 struct Dither {
-  static constexpr uint32_t kRow = 0xC13FA9A9u, kColumn = 0x91E10DA6u;
-  Vec<uint32_t> phase, mask, lowest;
+  static constexpr uint32_t kRow = 24801, kColumn = 18633;
+  Vec<uint32_t> phase, mask, base;
 
   LYRA_INLINE Dither(int64_t row, int64_t step, int store_as) {
     const auto lane = convert<uint32_t>(kIota);
     phase = (static_cast<uint32_t>(row) + lane) * kRow + (static_cast<uint32_t>(step) - kSkew * lane) * kColumn;
-    mask = Vec<uint32_t>{} + (store_as == 16 ? 0x7c0000u : 0x7fe000u);
-    lowest = Vec<uint32_t>{} + (store_as == 16 ? 0x3f820000u : 0x3f801000u);
+    mask = Vec<uint32_t>{} + (store_as == 16 ? (1u << 7) - 8 : (1u << 15) - 8);
+    base = Vec<uint32_t>{} + (std::bit_cast<uint32_t>(store_as == 16 ? 0x1p16f : 0x1p8f) | 4u);
   }
   LYRA_INLINE Vec<float> next() {
-    const auto now = std::bit_cast<Vec<float>>(((phase >> 9) & mask) | lowest);
+    const auto now = std::bit_cast<Vec<float>>((phase & mask) | base);
     phase += kColumn;
     return now;
   }
 };
 
+// The bits of part scale + dither.
+LYRA_INLINE Vec<uint32_t> rounded(Vec<float> part, Vec<float> scale, Vec<float> dither) {
+  return std::bit_cast<Vec<uint32_t>>(fma(part, scale, dither));
+}
+LYRA_INLINE Vec<uint32_t> rounded(Vec<double> part, Vec<double> scale, Vec<float> dither) {
+  return std::bit_cast<Vec<uint32_t>>(convert<float>(part * scale) + dither);
+}
+
 template <typename T>
-LYRA_INLINE void put(uint8_t*& record, int store_as, T unit, const Shares<T>& shares, Dither& dither) {
+LYRA_INLINE void put(uint8_t*& record, int store_as, const Shares<T>& shares, Dither& dither) {
   if (store_as == 64) {
-    const auto diagonal = shares.diagonal * shares.unit, rest = unit - diagonal, up = shares.up * shares.unit;
+    const auto diagonal = shares.diagonal / shares.sum, rest = 1 - diagonal, up = shares.up / shares.sum;
     store(record, convert<double>(diagonal));
-    store(record + kLanes * 8, convert<double>(shares.no_left | (up > rest) ? rest : up));
+    store(record + kLanes * 8, convert<double>((shares.both == shares.sum) | (up > rest) ? rest : up));
     record += kLanes * 16;
     return;
   }
+  const Vec<T> scale = (store_as == 16 ? T(65535) : T(255)) / shares.sum;
   const auto spread = dither.next();
-  // Both one too high; together at most unit + 2.
-  const auto diagonal = convert<int32_t>(fma(shares.diagonal, shares.unit, convert<T>(spread)));
-  const auto rest = (static_cast<int32_t>(unit) + 2) - diagonal;
-  auto up = convert<int32_t>(fma(shares.up, shares.unit, convert<T>(3.0f - spread)));
-  up = convert<int32_t>(shares.no_left) != 0 ? rest : least(up, rest);
+  const auto diagonal = rounded(shares.diagonal, scale, spread), both = rounded(shares.both, scale, spread);
   if (store_as == 16) {
-    store(record, (diagonal + (up << 16)) - 0x10001);
+    store(record, ((diagonal >> 7) & 0xffffu) | ((both << 9) & 0xffff0000u));
     record += kLanes * 4;
   } else {
-    store(record, convert<int16_t>((diagonal + (up << 8)) - 0x101));
+    store(record, convert<uint16_t>(((diagonal >> 15) & 0xffu) | ((both >> 7) & 0xff00u)));
     record += kLanes * 2;
   }
 }
 
 template <typename T>
-LYRA_INLINE void put_keep(uint8_t*& record, int store_as, Vec<T> keep, Dither& dither) {
+LYRA_INLINE void put_keep(uint8_t*& record, int store_as, const Part<T>& keep, Dither& dither) {
   if (store_as == 64) {
-    store(record, convert<double>(keep));
+    store(record, convert<double>(keep.part / keep.sum));
     record += kLanes * 8;
     return;
   }
-  const auto units = convert<int32_t>(keep + convert<T>(dither.next())) - 1;
+  const auto units = rounded(keep.part, (store_as == 16 ? T(65535) : T(255)) / keep.sum, dither.next());
   if (store_as == 16) {
-    store(record, convert<int16_t>(units));
+    store(record, convert<uint16_t>(units >> 7));
     record += kLanes * 2;
   } else {
-    store(record, convert<int8_t>(units));
+    store(record, convert<uint8_t>(units >> 15));
     record += kLanes;
   }
 }
@@ -460,23 +476,23 @@ LYRA_INLINE Step<S> get(const uint8_t* record, int store_as) {
     if constexpr (kDropping) step.keep = convert<S>(load<Vec<double>>(record + kLanes * 16));
     return step;
   }
-  Vec<int32_t> diagonal, up, keep = {};
-  const int32_t all = store_as == 16 ? 65535 : 255;
+  Vec<int32_t> diagonal, both, keep = {};
+  const S all = store_as == 16 ? S(65535) : S(255);
   if (store_as == 16) {
-    const auto both = load<Vec<uint32_t>>(record);
-    diagonal = std::bit_cast<Vec<int32_t>>(both & 65535u);
-    up = std::bit_cast<Vec<int32_t>>(both >> 16);
+    const auto word = load<Vec<uint32_t>>(record);
+    diagonal = std::bit_cast<Vec<int32_t>>(word & 65535u);
+    both = std::bit_cast<Vec<int32_t>>(word >> 16);
     if constexpr (kDropping) keep = convert<int32_t>(load<Vec<uint16_t>>(record + kLanes * 4));
   } else {
-    const auto both = convert<int32_t>(load<Vec<uint16_t>>(record));
-    diagonal = both & 255;
-    up = both >> 8;
+    const auto word = convert<int32_t>(load<Vec<uint16_t>>(record));
+    diagonal = word & 255;
+    both = word >> 8;
     if constexpr (kDropping) keep = convert<int32_t>(load<Vec<uint8_t>>(record + kLanes * 2));
   }
   step.diagonal = convert<S>(diagonal);
-  step.up = convert<S>(up);
-  step.left = convert<S>((all - diagonal) - up);
-  if constexpr (kDropping) step.keep = convert<S>(keep) * (S(1) / static_cast<S>(all));
+  step.up = convert<S>(both) - step.diagonal;
+  step.left = all - convert<S>(both);
+  if constexpr (kDropping) step.keep = convert<S>(keep) * (S(1) / all);
   return step;
 }
 
@@ -531,6 +547,12 @@ template <typename S>
 LYRA_INLINE void load_tile(const Cells<S>& cells, const Stripe& stripe, int64_t step, S outside,
                            Vec<S> (&tile)[kLanes]) {
   const S* from = cells.data + stripe.row * cells.row + step;
+  // The same tile of the next stripe, since what a CPU fetches ahead by itself ends with every page. It may lie
+  // outside.
+  auto next = reinterpret_cast<uintptr_t>(from) + kLanes * cells.row * sizeof(S);
+  for (int l = 0; l < kLanes; ++l, next += (cells.row - kSkew) * sizeof(S)) {
+    __builtin_prefetch(reinterpret_cast<const void*>(next));
+  }
   if (step >= stripe.inner.low && step + kLanes - 1 <= stripe.inner.high) {
     for (int l = 0; l < kLanes; ++l, from += cells.row - kSkew) tile[l] = load<Vec<S>>(from);
     return transpose(tile);
@@ -559,7 +581,6 @@ LYRA_INLINE void forward_stripe(const Forward<S>& f, Cell& given, const Stripe& 
   using T = typename Cell::Type;
   Cell cell = given;  // where no store to memory can change it
   const int store_as = f.records == nullptr ? 0 : f.store;
-  const T unit = store_as == 16 ? T(65535) : store_as == 8 ? T(255) : T(1);
   const int64_t index = stripe.row / kLanes;
   State drop = Cell::zero();
   if constexpr (kDropping) {
@@ -582,19 +603,20 @@ LYRA_INLINE void forward_stripe(const Forward<S>& f, Cell& given, const Stripe& 
       for (int64_t step = start; step <= stop; ++step) {
         Shares<T> shares;
         const State up = Cell::pushed(ended_before, frontier[step + kReach]);
-        left = cell.template match<kOpen>(tile[step - start], diagonal, up, left, unit, shares);
+        left = cell.template match<kOpen>(tile[step - start], diagonal, up, left, shares);
         diagonal = up;
         ended_before = ended;
-        if (store_as != 0) put<T>(record, store_as, unit, shares, dither);
+        if (store_as != 0) put(record, store_as, shares, dither);
         if constexpr (kDropping) {
-          Vec<T> keep;
-          ended = Cell::merged(left, up, drop, unit, keep);
-          if (store_as != 0) put_keep<T>(record, store_as, keep, keep_dither);
+          Part<T> keep;
+          ended = Cell::merged(Cell::normalised(left), up, drop, keep);
+          if (store_as != 0) put_keep(record, store_as, keep, keep_dither);
         } else {
-          ended = left;
+          ended = Cell::normalised(left);
         }
         frontier[step + 1] = ended;
       }
+      left = Cell::normalised(left);
     };
     cell.all_open(tile) ? steps.template operator()<true>() : steps.template operator()<false>();
     if (progress != nullptr) progress->set(index, stop + 1);  // the frontier's entries up to that are this stripe's
@@ -685,8 +707,8 @@ LYRA_INLINE double backward_stripe(const Backward<S>& f, const Stripe& stripe, V
         here = ended + to_left;
       }
       tile[step - start] = here;
-      const Vec<S> units = here * unit;
-      to_left = units * share.left;
+      const Vec<S> units = here * unit, left = share.left * unit;
+      to_left = here * left;  // the dependent chain
       sent_before = sent;
       sent = fma(units, share.up, to_diagonal);
       to_diagonal = units * share.diagonal;
