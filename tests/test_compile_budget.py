@@ -64,6 +64,9 @@ def test_every_kernel_header_has_a_budget_for_both_architectures():
 def test_registers_and_spills(header: str, arch: str, tmp_path: Path):
     allowed = budgets()[header, arch]
     used = compiled(header, arch, list(allowed), tmp_path)
+    # A header may include another of its op, whose kernels are then compiled, too.
+    included = {k for (other, a), kernels in budgets().items() if (other, a) != (header, arch) for k in kernels}
+    used = {kernel: figures for kernel, figures in used.items() if kernel in allowed or kernel not in included}
     assert set(used) == set(allowed)
     assert {kernel: spilled for kernel, (_, spilled) in used.items() if spilled} == {}
     too_many = {k: f"{registers} > {allowed[k]}" for k, (registers, _) in used.items() if registers > allowed[k]}
