@@ -186,34 +186,75 @@ def mixed_step(model: nn.Module, routed, inputs: dict[str, Tensor]) -> tuple[Ten
     return logits, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_layers_with_one_input_run_at_once(monkeypatch: pytest.MonkeyPatch, checkpointing: bool) -> None:
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_layers_with_one_input_run_at_once(monkeypatch: pytest.MonkeyPatch, reentrant: bool | None) -> None:
     """q, k and v, gate and up: seen by their input, not by name, from the second pass on; the results stay the same."""
     inputs, model = batch(), with_adapters(llama()).train()
     for name, p in model.named_parameters():
         p.requires_grad_("lora_" in name)
-    if checkpointing:
+    if reentrant is not None:
         model.enable_input_require_grads()
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     routed, sizes = apply_multi_lora(model), groups_of(monkeypatch)
     first = mixed_step(model, routed, inputs)
-    if not checkpointing:
+    if reentrant is None:
         assert sizes == [1] * 14
     sizes.clear()
     again = mixed_step(model, routed, inputs)
     # "speech" is on q and v alone, so k goes its own way.
-    assert sizes == [2, 1, 1, 2, 1] * (4 if checkpointing else 2)
+    assert sizes == [2, 1, 1, 2, 1] * (2 if reentrant is None else 4)
     assert torch.equal(first[0], again[0])
     torch.testing.assert_close(first[1], again[1])
     with torch.inference_mode(), routed.route(MIXED):
         assert torch.equal(real(model(**inputs).logits, inputs), first[0])
 
 
-def test_layers_that_no_longer_share_their_input_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def two_layers() -> tuple[nn.Module, nn.Module, nn.Module]:
+    """A model and its two layers, whose inputs the caller gives."""
     torch.manual_seed(0)
     layers = nn.ModuleDict({"q_proj": nn.Linear(6, 5), "v_proj": nn.Linear(6, 4)})
     model = with_adapters(layers, target_modules=["q_proj", "v_proj"]).eval()
-    one, other = model.base_model.model["q_proj"], model.base_model.model["v_proj"]
+    return model, model.base_model.model["q_proj"], model.base_model.model["v_proj"]
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_input_changed_between_two_layers(mode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a residual stream that is added to in place; in inference mode tensors have no version."""
+    model, one, other = two_layers()
+    routed, sizes = apply_multi_lora(model), groups_of(monkeypatch)
+    x = torch.randn(2, 3, 6).double()
+    with routed.route(MIXED[:2]):
+        one(x), other(x)
+    for _ in range(3):
+        with mode(), routed.route(MIXED[:2]):
+            x = torch.randn(2, 3, 6).double()
+            one(x)
+            x += 1
+            got = other(x)
+            assert torch.equal(got, other(x.clone()))
+    if mode is not torch.inference_mode:
+        assert sizes == [1, 1, 2, 1, 1] + [1, 1, 1] * 2  # seen once that it changes, not tried again
+
+
+def test_graph_or_dtype_wanted_between_two_layers() -> None:
+    model, one, other = two_layers()
+    model.float().requires_grad_(False)
+    x, routed = torch.randn(2, 3, 6), apply_multi_lora(model)
+    with routed.route(MIXED[:2]):
+        one(x), other(x)
+    with routed.route(MIXED[:2]):
+        with torch.autocast("cpu", torch.bfloat16):
+            one(x)
+        assert other(x).dtype == torch.float32
+    with routed.route(MIXED[:2]):
+        one(x), other(x)
+    with routed.route(MIXED[:2]):
+        one(x)
+        assert other(x.requires_grad_()).requires_grad
+
+
+def test_layers_that_no_longer_share_their_input_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, one, other = two_layers()
     x, routed, sizes = torch.randn(2, 3, 6).double(), apply_multi_lora(model), groups_of(monkeypatch)
 
     def both(x: Tensor, x_of_other: Tensor) -> list[int]:

@@ -227,7 +227,7 @@ class _Assignment:
     routings: dict = field(default_factory=dict)
     prepared: dict = field(default_factory=dict)  # by layer
     waiting: dict = field(default_factory=dict)  # by layer: what it will return when it is called with a certain input
-    last: tuple | None = None  # the input of the last layer that ran, weakly, and the first layer that was given it
+    last: tuple | None = None  # the last layer's input, weakly, its state, and the first layer that was given it
 
     def routing(self, x: Tensor, bank: LoraBank) -> LoraRouting:
         shape = x.shape[:-1]
@@ -292,7 +292,7 @@ class _RoutedLinear:
         bank, base = prepared.bank, self._modules["base_layer"]
         routing, dropout_p = assignment.routing(x, bank), next(iter(prepared.dropouts.values()))
         if _is_plain(base) and not (args or kwargs):
-            if torch.compiler.is_compiling() or (self.training and dropout_p):
+            if torch.compiler.is_compiling() or x.is_inference() or (self.training and dropout_p):
                 return self._run([self], x, assignment, routing, dropout_p)[0]
             return self._run_with_followers(x, assignment, routing)
         y = base(x, *args, **kwargs)
@@ -307,20 +307,22 @@ class _RoutedLinear:
         tensor that the layer before it was given follows that one. From the next route on, or at once where there is no
         graph that a recomputation would have to make again, the first computes what the others will return. They
         return it if they are given that tensor, unchanged, and else run by themselves. Not with dropout, where every
-        layer has a mask of its own.
+        layer has a mask of its own, and not for inference tensors, which do not tell whether they have been changed.
         """
         followers = self._lyra_routed._followers
-        first = assignment.last[1] if assignment.last and assignment.last[0]() is x else self
+        state, first = _state_of(x), self
+        if assignment.last and assignment.last[0]() is x and assignment.last[1] == state:
+            first = assignment.last[2]
         if first is not self:
             known = followers.setdefault(first, [])
             known += [self] if self not in known else []
-        assignment.last = (weakref.ref(x), first)
+        assignment.last = (weakref.ref(x), state, first)
         mine = (assignment.followers if torch.is_grad_enabled() else followers).get(self, ())
         for layer in [layer for layer in mine if assignment.waiting.pop(layer, None)]:  # not called since the last time
             self._lyra_routed._forget(self, layer)
         together = [self, *(layer for layer in mine if layer._can_run_with(assignment, routing))]
         y, *others = self._run(together, x, assignment, routing, 0.0)
-        assignment.waiting.update({layer: (self, x, _state_of(x), y) for layer, y in zip(together[1:], others)})
+        assignment.waiting.update({layer: (self, x, state, y) for layer, y in zip(together[1:], others)})
         return y
 
     def _can_run_with(self, assignment: _Assignment, routing: LoraRouting) -> bool:
@@ -389,8 +391,10 @@ def _routed_class(before: type) -> type:
 
 
 def _state_of(x: Tensor) -> tuple:
-    """Differs where what was made of x would have to be made anew: x was written to, or a graph is wanted now."""
-    return None if x.is_inference() else x._version, torch.is_grad_enabled()
+    """Differs where what was made of x would have to be made anew: x was written to, or graph or dtype would differ."""
+    device = x.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return x._version, x.requires_grad, torch.is_grad_enabled(), autocast
 
 
 def _in_inference_mode() -> bool:
