@@ -82,9 +82,9 @@ def scoring(
     if device == "cuda":
         others["attention's backward"] = peers.scores_by_attention
     item = dtype.itemsize
-    passes = "lse given, one pass" if given_lse else "two passes"
+    lse_given = ", lse given" if given_lse else ""
     return Workload(
-        name=f"scores, {rows} x {length}, {heads}/{kv_heads} heads of {dim}, {str(dtype)[6:]}, {passes}",
+        name=f"scores, {rows} x {length}, {heads}/{kv_heads} heads of {dim}, {str(dtype)[6:]}{lse_given}",
         inputs=inputs,
         implementations={f"lyra ({device})": ours} | ({} if given_lse else others),
         plain=partial(ours, backend="reference") if given_lse else formula,
