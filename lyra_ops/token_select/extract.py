@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lyra_ops._backend import missing_kernel, register_fake
+from lyra_ops._backend import register_fake
 from lyra_ops._checks import check_option
 from lyra_ops.token_select.gather import checked_tensors, gather_tokens, moved_back, without_grad
-from lyra_ops.token_select.scores import padded_arguments, token_scores
+from lyra_ops.token_select.scores import padded_arguments, run
 from lyra_ops.token_select.selection import (
     LAYOUTS,
     TokenSelection,
@@ -49,30 +49,20 @@ def extract_tokens(
 
     The arguments are those of the three functions, ``key_mask`` serving two of them; ``tensors`` and only they are
     differentiated. ``backend`` by name is asked of all three. With ``capacity`` nothing is read back from a GPU, and
-    all of it is one call of the compiled library: three launches for samples of up to 2048 tokens that go out padded.
+    all of it is one call of the compiled library: three launches for samples of up to 2048 tokens and 32 segments that
+    go out padded.
 
     Returns (TokenSelection, tuple of the gathered tensors).
     """
     options = query_mask, key_mask, key_limits, key_bias, head_weights, scale, causal, lse, False
     chosen, arguments = padded_arguments(query, key, *options, backend)
     doubled = isinstance(bias, Tensor) and bias.dtype == torch.float64
-    if capacity is not None and not doubled and chosen in ("cuda", "cpu") and _missing(chosen) is None:
+    if capacity is not None and not doubled and chosen in ("cuda", "cpu"):
         return _at_once(
             arguments, candidates, tensors, keep, min_keep, key_mask, bias, segments, capacity, layout, fill
         )
-    scores = token_scores(
-        query,
-        key,
-        query_mask=query_mask,
-        key_mask=key_mask,
-        key_limits=key_limits,
-        key_bias=key_bias,
-        head_weights=head_weights,
-        scale=scale,
-        causal=causal,
-        lse=lse,
-        backend=backend,
-    )
+    with torch.no_grad():
+        scores = run(chosen, arguments)
     selection = select_tokens(
         scores,
         candidates,
@@ -88,10 +78,6 @@ def extract_tokens(
     return selection, gather_tokens(selection, *tensors, fill=fill, backend=backend)
 
 
-def _missing(backend: str) -> str | None:
-    return missing_kernel("token_select_extract", backend)
-
-
 def _at_once(arguments, candidates, tensors, keep, min_keep, key_mask, bias, segments, capacity, layout, fill):
     query, key = arguments[:2]
     shape = query.shape[0], key.shape[2]
@@ -101,13 +87,12 @@ def _at_once(arguments, candidates, tensors, keep, min_keep, key_mask, bias, seg
     )
     planes, fills = checked_tensors(tensors, fill, torch.Size(shape), query.device)
     bias = None if bias is None else bias.float().expand(shape)
-    *scoring, lse, _, _, _ = arguments[2:]
+    *scoring, _, _, _ = arguments[2:]  # neither per head nor packed
     index, lengths, inverse, *moved = _Extract.apply(
         query,
         key,
         candidates,
         *scoring,
-        lse,
         bias,
         segments,
         *one_of_three(keep),

@@ -66,7 +66,7 @@ def token_scores(
     `lyra_ops.token_select.policies` has those and more.
     """
     options = query_mask, key_mask, key_limits, key_bias, head_weights, scale, causal, lse, per_head
-    return _run(*padded_arguments(query, key, *options, backend))
+    return run(*padded_arguments(query, key, *options, backend))
 
 
 def padded_arguments(
@@ -144,7 +144,7 @@ def token_scores_packed(
     given = [None if tensor is None else tensor[None] for tensor, *_ in per_token.values()]
     query, key = query.transpose(0, 1)[None], key.transpose(0, 1)[None]
     packed = cu_seqlens_q, cu_seqlens_k
-    return _run(*_arguments(query, key, *given, head_weights, scale, causal, per_head, packed, backend))[0]
+    return run(*_arguments(query, key, *given, head_weights, scale, causal, per_head, packed, backend))[0]
 
 
 def _arguments(
@@ -194,7 +194,8 @@ def _arguments(
     return choose("token_scores", why_not, backend), (*arguments, *packed)
 
 
-def _run(chosen: str, arguments: tuple) -> Tensor:
+def run(chosen: str, arguments: tuple) -> Tensor:
+    """The scores, by the backend and the arguments that `padded_arguments` gave."""
     if chosen == "triton":
         from lyra_ops.token_select import triton
 
