@@ -1,9 +1,8 @@
 // The arithmetic of token_scores on a CPU: a panel of query rows against a block of keys.
 //
-// Query rows lie side by side in the lanes of a vector and keys come one number at a time: so what is done per
-// row needs no sum across lanes. A tile is V
-// vectors of rows by N keys, its logits stay in registers until they are whole. bfloat16 multiplies in pairs where the
-// CPU can (products exact, sums float32).
+// Query rows lie side by side in the lanes of a vector and keys come one number at a time, so what is done per row
+// needs no sum across lanes. A tile is V vectors of rows by N keys; its logits stay in registers until they are whole.
+// bfloat16 multiplies in pairs where the CPU can (products exact, sums float32).
 //
 // Logits are in units of log 2, so that powers are powers of two.
 #pragma once

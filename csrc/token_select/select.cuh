@@ -9,12 +9,11 @@
 // budget. Kept tokens are then counted per range, and each range writes from its own place on: order without a sort.
 //
 // Shapes. scores (B,P,L) float: added up over the planes, in order, then bias (B,L); candidates, key_mask (B,L) bool;
-// segment (B,L);
-// index (B,K): kept places, increasing, -1 behind them (or in front, kLeft); lengths (B); inverse (B,L): column in
-// index or -1. kPacked: index (K), sample after sample, entries sample * L + place. Packed in (cu_seqlens): one row of
-// L tokens, entries are places in it. What finds no room in index is left out, and lengths tell, or, if wanted, the
-// kernel fails. The budget is read on the device; nothing waits, for the host or for another block. All sums are of
-// whole numbers: the plan moves no bit.
+// segment (B,L); index (B,K): kept places, increasing, -1 behind them (or in front, kLeft); lengths (B); inverse (B,L):
+// column in index or -1. kPacked: index (K), sample after sample, entries sample * L + place. Packed in (cu_seqlens):
+// one row of L tokens, entries are places in it. What finds no room in index is left out, and lengths tell, or, if
+// wanted, the kernel fails. The budget is read on the device; nothing waits, for the host or for another block. All
+// sums are of whole numbers: the plan moves no bit.
 //
 // Plan. `select_kernel`: one block per sample, any number of segments (digits of 11, 8 or 4 bits, so that the counters
 // of few segments stay in shared memory). Long samples of few segments take one launch per digit instead,

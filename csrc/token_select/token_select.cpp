@@ -387,8 +387,10 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> extract_tokens(
     check_shape("bias", *bias, {scores.size(0), scores.size(1)});
     check_dtype("bias", *bias, ScalarType::Float);
     const Tensor added = torch::stable::contiguous(*bias);
+    const float* from = added.const_data_ptr<float>();
     float* to = scores.mutable_data_ptr<float>();
-    for (int64_t i = 0; i < scores.numel(); ++i) to[i] += added.const_data_ptr<float>()[i];
+    const int64_t size = scores.numel();
+    for (int64_t i = 0; i < size; ++i) to[i] += from[i];
   }
   auto [index, lengths, inverse] = select_tokens(scores, candidates, key_mask, segments, keep, share, count, min_keep,
                                                  capacity, layout, std::nullopt);
