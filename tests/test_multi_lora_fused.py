@@ -127,6 +127,21 @@ def test_gradients_accumulate_in_float32(layers: int):
         torch.testing.assert_close(total, 3 * one)
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+def test_gradients_of_frozen_adapters_are_not_accumulated(layers: int):
+    x, *_, ids = layer((4, 8, 2), 150, dtype=torch.float32)
+    made = [layer((4, 8, 2), 1, outputs=9 + j, dtype=torch.float32, seed=j) for j in range(layers)]
+    banks, bases = [LoraBank.pack(one[3]) for one in made], [Base(one[1], None, None) for one in made]
+    sums = [list(bank.accumulate().values()) for bank in banks]
+    for bank in banks:  # A of the first and B of the second are trained
+        bank.adapters[0][0].requires_grad_()
+        bank.adapters[1][1].requires_grad_()
+    ys = linears(Call(ENGINE, banks, LoraRouting(ids, banks[0]), None, 0), x, None, bases)
+    sum(y.square().sum() for y in ys).backward()
+    for totals in sums:
+        assert [[bool(t.any()) for t in pair] for pair in totals] == [[True, False], [False, True], [False, False]]
+
+
 @pytest.mark.parametrize("tokens", [0, 9])
 def test_adapters_without_tokens_get_zeros(tokens: int):
     x, weight, bias, adapters, _ = layer((2, 3), tokens, dtype=torch.float32)

@@ -116,12 +116,13 @@ class Engine:
         for j, (dy, bank) in enumerate(zip(dys, banks)):
             b, scaling = _b_of(bank, dy.dtype), group.scaling[j] * made_up
             kernels.shrink_(dh, dy, b, group.of_b[j], *plan, None, 0)
-            if any(wanted.b[j]) and bank.sums:
+            if all(wanted.b[j]) and bank.sums:
                 kernels.add_outer_(bank.sums[0].b, h, dy, group.of_b[j], scaling, weights, *lists, None, 0)
                 of_b.append([None] * len(bank.names))
             elif any(wanted.b[j]):
                 grad = kernels.outer(h, dy, group.of_b[j], scaling, weights, *lists, None, 0, len(b))
-                of_b.append([part.T.to(bank.gradient_dtype) for part in grad.split(bank.ranks)])
+                parts = zip(grad.split(bank.ranks), wanted.b[j])
+                of_b.append([part.T.to(bank.gradient_dtype) if want else None for part, want in parts])
             else:
                 of_b.append([None] * len(bank.names))
         factor = group.columns[plan.ids.clamp(min=0).long()] * made_up  # (T, S, G)
@@ -136,7 +137,7 @@ class Engine:
             a = _a_of(banks, x.dtype)
             kernels.expand_(dx, dh, a, group.of_a, scaling, plan.ids, weights, plan.present, seed, drop)
         of_a = [[None] * len(bank.names) for bank in banks]
-        if any(wanted.a[0]) and len(banks) == 1 and banks[0].sums:
+        if all(wanted.a[0]) and len(banks) == 1 and banks[0].sums:
             kernels.add_outer_(banks[0].sums[0].a, dh, _rows_of(x), group.of_a, scaling, weights, *lists, seed, drop)
         elif any(map(any, wanted.a)):
             rows = sum(sum(bank.ranks) for bank in banks)
@@ -144,7 +145,8 @@ class Engine:
             parts = iter(grad.split([bank.ranks[e] for e in range(len(banks[0].names)) for bank in banks]))
             for e in range(len(banks[0].names)):
                 for j, bank in enumerate(banks):
-                    of_a[j][e] = next(parts).to(bank.gradient_dtype)
+                    part = next(parts)
+                    of_a[j][e] = part.to(bank.gradient_dtype) if wanted.a[j][e] else None
         return Gradients(of_a, of_b, of_weights)
 
 
