@@ -146,8 +146,7 @@ struct alignas(8) TwoFloats {
   float first, second;
 };
 
-// --- cost
-// -------------------------------------------------------------------------------------------------------------
+// --- cost ------------------------------------------------------------------------------------------------------------
 
 struct SquaredDifference {
   __device__ __forceinline__ float operator()(float a, float b, float sum) const { return fmaf(a - b, a - b, sum); }
@@ -390,8 +389,7 @@ __global__ void __launch_bounds__(kProductThreads, sizeof(T) == 2 || kStrips == 
   }
 }
 
-// --- from E to G
-// ------------------------------------------------------------------------------------------------------
+// --- from E to G -----------------------------------------------------------------------------------------------------
 
 // Where the strips lie that a warp goes through from left to right: a lane for each of the next 32.
 template <class T>
@@ -553,8 +551,7 @@ __global__ void __launch_bounds__(kTurnWarps* kLanes) turn_kernel(TurnArguments 
   }
 }
 
-// --- gradients of the tokens
-// ------------------------------------------------------------------------------------------
+// --- gradients of the tokens -----------------------------------------------------------------------------------------
 
 constexpr int kTileSize = 128;  // of D
 
@@ -596,7 +593,7 @@ __global__ void __launch_bounds__(kProductThreads, sizeof(T) == 2 ? 2 : 1) token
   const bool possible = lengths_in_range(s.problem, pair_index);
   const int64_t length = !possible ? padded : kOfX ? s.problem.x_lengths[pair_index] : s.problem.y_lengths[pair_index];
   constexpr int kPieces = kTileSize / kPiece;
-  // Calls value(row, column of the tile) for the eight elements of each piece that this thread writes.
+  // Writes this thread's pieces: of real tokens what values_of(row, first column of the tile, the eight) fills in.
   const auto write = [&](const auto& values_of) {
     for (int at = threadIdx.x; at < kTileRows * kPieces; at += kProductThreads) {
       const int row = at / kPieces, piece = at % kPieces * kPiece;
@@ -707,8 +704,7 @@ __global__ void __launch_bounds__(kProductThreads, sizeof(T) == 2 ? 2 : 1) token
   });
 }
 
-// --- launchers
-// --------------------------------------------------------------------------------------------------------
+// --- launchers -------------------------------------------------------------------------------------------------------
 
 // Floats of memory, per pair, for the costs or for E and G.
 template <class Kind>
