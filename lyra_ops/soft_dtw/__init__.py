@@ -378,15 +378,19 @@ class _Gradient(torch.autograd.Function):
         return slope, grad_cost, grad_gamma, None if drop is None else grad_drop, *[None] * 8
 
 
+def band_rows_on_cuda(rows: int, columns: int, band: int) -> int:
+    """Of a pair's strips, at most; csrc/soft_dtw/pairs.h: band_rows_per_pair."""
+    width = torch.sym_max(2 * torch.sym_min(band, columns) * rows, rows + columns)
+    return width // 32 + 2 * rows + columns // 8 + 1
+
+
 def kept_bytes_on_cuda(rows: int, columns: int, band: int, store: int, dropping: bool) -> int:
-    """Of a pair's shares; csrc/soft_dtw/pairs.h: steps_per_pair, band_rows_per_pair; cells.h: Kept::bytes."""
+    """Of a pair's shares; csrc/soft_dtw/pairs.h: steps_per_pair; cells.h: Kept::bytes."""
     lanes, tail, block = 32, 62, 16
     strips = torch.sym_max((columns + lanes - 1) // lanes, 1)
     steps = strips * ((rows + tail + block - 1) // block * block)
     if band >= 0:
-        inside = torch.sym_max(2 * torch.sym_min(band, columns) * rows, rows + columns)
-        in_band = inside // lanes + 2 * rows + columns // 8 + 1
-        steps = torch.sym_min(steps, in_band + strips * (tail + block - 1))
+        steps = torch.sym_min(steps, band_rows_on_cuda(rows, columns, band) + strips * (tail + block - 1))
     return lanes * steps * (8 if store == 64 else store // 8) * (3 if dropping else 2)
 
 

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lyra_ops._backend import missing_kernel, register_fake
-from lyra_ops.soft_dtw import _Arguments, _raw, _run, kept_bytes_on_cuda, reference
+from lyra_ops._backend import register_fake
+from lyra_ops.soft_dtw import _Arguments, _raw, _run, band_rows_on_cuda, kept_bytes_on_cuda, reference
 
 
 def serves(x: Tensor, y: Tensor, cost: str) -> bool:
     """Not "l1", which is no product, and not float64, which has no kernels: these go through dense costs."""
-    known = missing_kernel("soft_dtw_features_forward", "cuda") is None
-    return known and cost != "l1" and torch.float64 not in (x.dtype, y.dtype)
+    return cost != "l1" and torch.float64 not in (x.dtype, y.dtype)
 
 
 def soft_dtw(x: Tensor, y: Tensor, arguments: _Arguments, cost: str, temperature: float) -> Tensor:
@@ -113,12 +112,11 @@ def _(x, y, x_lengths, y_lengths, cost, temperature, gamma, gammas, band, low, h
 
 
 def _cells(rows: int, columns: int, band: int) -> int:
-    """Of a pair, in strips; csrc/soft_dtw/pairs.h: Cells::rows_in_strips, band_rows_per_pair."""
+    """Of a pair, in strips; csrc/soft_dtw/pairs.h: Cells::rows_in_strips."""
     lanes = 32
     in_strips = torch.sym_max((columns + lanes - 1) // lanes, 1) * rows
     if band >= 0:
-        width = torch.sym_max(2 * torch.sym_min(band, columns) * rows, rows + columns)
-        in_strips = torch.sym_min(in_strips, width // lanes + 2 * rows + columns // 8 + 1)
+        in_strips = torch.sym_min(in_strips, band_rows_on_cuda(rows, columns, band))
     return lanes * in_strips
 
 
