@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import subprocess
 import sysconfig
 from collections.abc import Callable
@@ -38,6 +39,33 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
         return module
 
     return build
+
+
+@pytest.fixture(scope="session")
+def build_with_switches(build: Build, tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """build_with_switches(source, header, places): one build for all mutants of a header.
+
+    It leaves out the statement at places[n] of the header's text while the environment's LYRA_WITHOUT is n.
+    """
+
+    def build_with_switches(source: str, header: Path, places: list[int]) -> ModuleType:
+        op, text = header.parent.name, header.read_text()
+        for n, at in reversed(list(enumerate(places))):
+            text = text[:at] + f"if (!without({n})) " + text[at:]
+        helper = f"""#include <cstdlib>
+        namespace lyra::{op} {{
+        inline bool without(int n) {{
+          const char* given = std::getenv("LYRA_WITHOUT");
+          return given && std::atoi(given) == n;
+        }}
+        }}
+        """
+        folder = tmp_path_factory.mktemp("switches")
+        shutil.copytree(header.parent, folder / op)
+        (folder / op / header.name).write_text(helper + text)
+        return build(source, first=folder)
+
+    return build_with_switches
 
 
 @pytest.fixture(scope="session")

@@ -247,28 +247,12 @@ def test_the_whole_op(kernels: ModuleType, dtype: torch.dtype, drop: int) -> Non
         assert_within_reference_error(got, plain, exact)
 
 
-SOURCE = KERNELS.read_text()
-BARRIERS = [m.start() for m in re.finditer(r"__sync\w+\(\)", SOURCE)]
+BARRIERS = [m.start() for m in re.finditer(r"__sync\w+\(\)", KERNELS.read_text())]
 
 
 @pytest.fixture(scope="module")
-def mutant(build, tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    """The kernels, of which barrier n is left out while the environment's LYRA_WITHOUT is n."""
-    source = SOURCE
-    for n, at in reversed(list(enumerate(BARRIERS))):
-        source = source[:at] + f"if (!without({n})) " + source[at:]
-    helper = """#include <cstdlib>
-    namespace lyra::multi_lora {
-    inline bool without(int n) {
-      const char* given = std::getenv("LYRA_WITHOUT");
-      return given && std::atoi(given) == n;
-    }
-    }
-    """
-    folder = tmp_path_factory.mktemp("mutant")
-    (folder / "multi_lora").mkdir()
-    (folder / "multi_lora" / "multi_lora.cuh").write_text(helper + source)
-    return build("multi_lora.cpp", first=folder)
+def mutant(build_with_switches) -> ModuleType:
+    return build_with_switches("multi_lora.cpp", KERNELS, BARRIERS)
 
 
 def test_there_are_barriers_to_take_out() -> None:

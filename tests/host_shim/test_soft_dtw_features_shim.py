@@ -411,30 +411,12 @@ def test_the_face_compiles_to_one_graph(raw_ops, dynamic: bool) -> None:
         assert torch.equal(ours.grad, theirs.grad)
 
 
-SOURCE = KERNELS.read_text()
-GUARDS = [m.start() for m in re.finditer(r"(__syncthreads\(\)|wait_for_copies<[^>]+>\(\));", SOURCE)]
+GUARDS = [m.start() for m in re.finditer(r"(__syncthreads\(\)|wait_for_copies<[^>]+>\(\));", KERNELS.read_text())]
 
 
 @pytest.fixture(scope="module")
-def mutant(build, tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    """The kernels, of which barrier or wait n is left out while the environment's LYRA_WITHOUT is n."""
-    source = SOURCE
-    for n, at in reversed(list(enumerate(GUARDS))):
-        source = source[:at] + f"if (!without({n})) " + source[at:]
-    helper = """#include <cstdlib>
-    namespace lyra::soft_dtw {
-    inline bool without(int n) {
-      const char* given = std::getenv("LYRA_WITHOUT");
-      return given && std::atoi(given) == n;
-    }
-    }
-    """
-    folder = tmp_path_factory.mktemp("mutant")
-    (folder / "soft_dtw").mkdir()
-    (folder / "soft_dtw" / "features.cuh").write_text(helper + source)
-    for header in (*KERNELS.parent.glob("*.h"), KERNELS.with_name("soft_dtw.cuh")):
-        (folder / "soft_dtw" / header.name).write_text(header.read_text())
-    return build("soft_dtw_features.cpp", first=folder)
+def mutant(build_with_switches) -> ModuleType:
+    return build_with_switches("soft_dtw_features.cpp", KERNELS, GUARDS)
 
 
 def test_there_are_guards_to_take_out() -> None:
