@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from barriers import assert_needed, mutants
 
 HEADER = Path(__file__).parents[2] / "csrc" / "token_select" / "extract.cuh"
 ORDERS = {"forward": ("forward", 0), "reverse": ("reverse", 0), "shuffled": ("shuffled", 1)}
@@ -131,27 +131,11 @@ def test_extract(kernels: ModuleType, check: str, order: str) -> None:
     CHECKS[check](kernels)
 
 
-def mutants() -> dict[str, str]:
-    """The header without each of its barriers."""
-    source = HEADER.read_text()
-    return {
-        f"line{source.count(chr(10), 0, match.start()) + 1}": source[: match.start()] + source[match.end() :]
-        for match in re.finditer(r"__syncthreads\(\)", source)
-    }
-
-
 def test_there_are_barriers_to_take_out() -> None:
-    assert len(mutants()) == 2
+    assert len(mutants(HEADER)) == 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", mutants())
+@pytest.mark.parametrize("name", mutants(HEADER))
 def test_every_barrier_is_needed(build, tmp_path: Path, name: str) -> None:
-    shutil.copytree(HEADER.parent, tmp_path / "token_select")
-    (tmp_path / "token_select" / HEADER.name).write_text(mutants()[name])
-    mutant = build("token_select_extract.cpp", first=tmp_path)
-    with pytest.raises((AssertionError, RuntimeError)):
-        for check in CHECKS.values():
-            for order in ORDERS.values():
-                mutant.configure(*order)
-                check(mutant)
+    assert_needed(name, HEADER, build, "token_select_extract.cpp", tmp_path, CHECKS.values(), ORDERS.values())

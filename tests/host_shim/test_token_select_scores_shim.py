@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import math
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from barriers import assert_needed, mutants
 from token_select_oracles import CASES, Case, made
 from torch import Tensor
 
@@ -128,27 +128,11 @@ def test_scores(kernels: ModuleType, check: str, order: str) -> None:
     CHECKS[check](kernels)
 
 
-def mutants() -> dict[str, str]:
-    """The header without each of its barriers, and without each wait for copies."""
-    source = HEADER.read_text()
-    return {
-        f"line{source.count(chr(10), 0, match.start()) + 1}": source[: match.start()] + source[match.end() :]
-        for match in re.finditer(r"__syncthreads\(\)|wait_for_copies<0>\(\)", source)
-    }
-
-
 def test_there_are_barriers_to_take_out() -> None:
-    assert len(mutants()) == 8
+    assert len(mutants(HEADER)) == 8
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", mutants())
+@pytest.mark.parametrize("name", mutants(HEADER))
 def test_every_barrier_is_needed(build, tmp_path: Path, name: str) -> None:
-    shutil.copytree(HEADER.parent, tmp_path / "token_select")
-    (tmp_path / "token_select" / HEADER.name).write_text(mutants()[name])
-    mutant = build("token_select_scores.cpp", first=tmp_path)
-    with pytest.raises((AssertionError, RuntimeError)):
-        for check in CHECKS.values():
-            for order in ORDERS.values():
-                mutant.configure(*order)
-                check(mutant)
+    assert_needed(name, HEADER, build, "token_select_scores.cpp", tmp_path, CHECKS.values(), ORDERS.values())

@@ -1,40 +1,13 @@
 // The kernels of csrc/token_select/, run on the CPU by lyra/host_cuda.h, as a Python module.
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <optional>
 #include <vector>
 
 #include "token_select/gather.cuh"
 #include "token_select/select.cuh"
+#include "token_select_module.h"
 
-namespace py = pybind11;
 using namespace lyra::token_select;
 
 namespace {
-
-template <class T>
-using Array = py::array_t<T, py::array::c_style>;
-template <class T>
-using Maybe = std::optional<Array<T>>;
-
-template <class T>
-const T* pointer(const Maybe<T>& array) {
-  return array ? array->data() : nullptr;
-}
-
-void check(cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error("launch failed");
-}
-
-std::vector<char> workspace(int64_t bytes) { return std::vector<char>(static_cast<size_t>(bytes), 0x7f); }
-
-Array<int64_t> poisoned(std::vector<int64_t> shape) {
-  Array<int64_t> array(shape);
-  std::fill_n(array.mutable_data(), array.size(), int64_t{-77});
-  return array;
-}
 
 // scores (B, P, L), or (1, P, T) with cu_seqlens.
 py::tuple run_select(Array<float> scores, Array<bool> candidates, Maybe<bool> key_mask, Maybe<int64_t> segment,
@@ -65,9 +38,8 @@ py::tuple run_select(Array<float> scores, Array<bool> candidates, Maybe<bool> ke
       lengths.mutable_data(),
       inverse.mutable_data()};
   const Plan plan = split ? kSplitBlocks : kOneBlock;
-  auto notes = workspace(select_workspace_bytes(p, plan) + 16);
-  const auto aligned = (reinterpret_cast<uintptr_t>(notes.data()) + 15) & ~uintptr_t{15};
-  check(select(p, plan, reinterpret_cast<void*>(aligned), nullptr));
+  Memory notes(select_workspace_bytes(p, plan));
+  check(select(p, plan, notes.at(), nullptr));
   return py::make_tuple(index, lengths, inverse);
 }
 
@@ -109,12 +81,5 @@ PYBIND11_MODULE(LYRA_MODULE, m) {
         "shares"_a, "share"_a, "count"_a, "min_keep"_a, "capacity"_a, "layout"_a, "cu_seqlens"_a, "split"_a,
         "complete"_a = false);
   m.def("gather", &run_gather);
-  m.def("configure", [](const std::string& order, unsigned seed) {
-    auto& settings = lyra::host::settings();
-    settings.order = order == "forward"   ? lyra::host::kForward
-                     : order == "reverse" ? lyra::host::kReverse
-                                          : lyra::host::kShuffled;
-    settings.seed = seed;
-  });
-  m.attr("SPLIT_TOKENS") = kSplitTokens;
+  m.def("configure", &configure);
 }

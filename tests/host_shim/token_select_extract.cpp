@@ -1,46 +1,14 @@
 // Score, select and gather in one call, csrc/token_select/extract.cuh, and by the kernels of each step alone, run on
 // the CPU by lyra/host_cuda.h, as a Python module.
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <array>
-#include <optional>
 #include <vector>
 
 #include "token_select/extract.cuh"
+#include "token_select_module.h"
 
-namespace py = pybind11;
 using namespace lyra::token_select;
 
 namespace {
-
-template <class T>
-using Array = py::array_t<T, py::array::c_style>;
-template <class T>
-using Maybe = std::optional<Array<T>>;
-
-template <class T>
-const T* pointer(const Maybe<T>& array) {
-  return array ? array->data() : nullptr;
-}
-
-void check(cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error("launch failed");
-}
-
-// Device memory that holds anything, 16-byte aligned.
-struct Memory {
-  std::vector<char> bytes;
-  explicit Memory(int64_t size) : bytes(static_cast<size_t>(size) + 16, 0x7f) {}
-  void* at() { return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(bytes.data()) + 15) & ~uintptr_t{15}); }
-};
-
-Array<int64_t> poisoned(std::vector<int64_t> shape) {
-  Array<int64_t> array(shape);
-  std::fill_n(array.mutable_data(), array.size(), int64_t{-77});
-  return array;
-}
 
 // query (B,Hq,Lq,D), key (B,Hkv,L,D) as bits of bfloat16, adjacent. tensors: (from, to, planes, row_bytes,
 // plane_stride, sample_stride, token_stride). Returns index, lengths, inverse and the number of launches.
@@ -135,11 +103,5 @@ py::tuple run(bool fused, Array<uint16_t> query, Array<uint16_t> key, Maybe<bool
 
 PYBIND11_MODULE(LYRA_MODULE, m) {
   m.def("run", &run);
-  m.def("configure", [](const std::string& order, unsigned seed) {
-    auto& settings = lyra::host::settings();
-    settings.order = order == "forward"   ? lyra::host::kForward
-                     : order == "reverse" ? lyra::host::kReverse
-                                          : lyra::host::kShuffled;
-    settings.seed = seed;
-  });
+  m.def("configure", &configure);
 }

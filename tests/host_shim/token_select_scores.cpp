@@ -1,31 +1,15 @@
 // The scoring kernels of csrc/token_select/scores.cuh, run on the CPU by lyra/host_cuda.h, as a Python module.
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <array>
-#include <optional>
 #include <vector>
 
 #include "token_select/scores.cuh"
+#include "token_select_module.h"
 
-namespace py = pybind11;
 using namespace lyra::token_select;
 
 namespace {
 
-template <class T>
-using Maybe = std::optional<py::array_t<T, py::array::c_style>>;
 using Strides = std::array<int64_t, 4>;
-
-template <class T>
-const T* pointer(const Maybe<T>& array) {
-  return array ? array->data() : nullptr;
-}
-
-void check(cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error("launch failed");
-}
 
 // query and key by address, sizes (B, Hq, Hkv, Lq, L, D) and strides in elements. Returns the planes (B, P, L) and
 // their sum.
@@ -64,11 +48,10 @@ py::tuple run(const std::string& dtype, std::array<int64_t, 6> sizes, int64_t qu
   std::fill_n(planes.mutable_data(), planes.size(), p.is_short() ? NAN : 0.0f);
   std::fill_n(scores.mutable_data(), scores.size(), NAN);
   p.planes = planes.mutable_data();
-  std::vector<char> memory(static_cast<size_t>(Workspace().place(p, nullptr)) + 16, 0x7f);
-  void* workspace = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.data()) + 15) & ~uintptr_t{15});
-  check(dtype == "float32"    ? score_planes<float>(p, workspace, nullptr)
-        : dtype == "bfloat16" ? score_planes<lyra::Bf16>(p, workspace, nullptr)
-                              : score_planes<lyra::Half>(p, workspace, nullptr));
+  Memory workspace(Workspace().place(p, nullptr));
+  check(dtype == "float32"    ? score_planes<float>(p, workspace.at(), nullptr)
+        : dtype == "bfloat16" ? score_planes<lyra::Bf16>(p, workspace.at(), nullptr)
+                              : score_planes<lyra::Half>(p, workspace.at(), nullptr));
   check(sum_planes(p.planes, p.n_planes(), keys, scores.size(), scores.mutable_data(), nullptr));
   return py::make_tuple(planes, scores);
 }
@@ -77,12 +60,5 @@ py::tuple run(const std::string& dtype, std::array<int64_t, 6> sizes, int64_t qu
 
 PYBIND11_MODULE(LYRA_MODULE, m) {
   m.def("run", &run);
-  m.def("configure", [](const std::string& order, unsigned seed) {
-    auto& settings = lyra::host::settings();
-    settings.order = order == "forward"   ? lyra::host::kForward
-                     : order == "reverse" ? lyra::host::kReverse
-                                          : lyra::host::kShuffled;
-    settings.seed = seed;
-  });
-  m.attr("SPLIT_KEYS") = kSplitKeys;
+  m.def("configure", &configure);
 }
