@@ -13,7 +13,8 @@ from lyra_ops._backend import missing_kernel, register_fake
 from lyra_ops.multi_lora import cpu, dropout
 from lyra_ops.multi_lora.function import Gradients
 
-# Measured by `python -m bench multi_lora`: up to so many tokens per present adapter on average these ops are faster.
+# Up to so many tokens per present adapter on average these ops serve. There they are 1.2 to 1.6 times as fast as `cpu`
+# on a core of an AMD EPYC (K = N = 576, rank 64, 4 adapters); at 16 tokens both are as fast.
 TOKENS = 8
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -25,7 +26,7 @@ def fits(pairs: Tensor, blocks: list[cpu.Block]) -> bool:
 
 
 def takes(routing, dtype: torch.dtype) -> bool:
-    """Whether these ops take a call. With one adapter for all tokens torch's products are as fast, but in bfloat16."""
+    """Whether these ops take a call. For one adapter torch is as fast, unless in bfloat16 without a graph."""
     alone = cpu.is_uniform(routing) and (dtype == torch.float32 or torch.is_grad_enabled())
     return routing.few and dtype in DTYPES and not alone
 
