@@ -1,9 +1,8 @@
-"""Kernels without one of their barriers each, to see that a check fails then."""
+"""Where a header's barriers stand, and whether a check fails without one of them."""
 
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
@@ -11,33 +10,24 @@ from types import ModuleType
 import pytest
 
 
-def mutants(header: Path) -> dict[str, str]:
-    """The header without each of its barriers, and without each wait for copies."""
-    source = header.read_text()
-    made = {}
-    for match in re.finditer(r"(__sync\w+|wait_for_copies)(<0>)?(?=\()", source):
-        start, end = match.span()
-        rest = source[end:].removeprefix("()")  # f(x) leaves (x)
-        made[f"{match[1]}-line{source.count(chr(10), 0, start) + 1}"] = source[:start] + rest
-    return made
+def barriers(header: Path) -> dict[str, int]:
+    """{name: place} of the header's statements that are a barrier or a wait for copies."""
+    text = header.read_text()
+    found = re.finditer(r"(\w+ = )?(__sync\w+|wait_for_copies)(<0>)?\(", text)
+    return {f"{match[2]}-line{text.count(chr(10), 0, match.start()) + 1}": match.start() for match in found}
 
 
 def assert_needed(
-    name: str,
-    header: Path,
-    build: Callable[..., ModuleType],
-    source: str,
-    folder: Path,
+    number: int,
+    kernels: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
     checks: Iterable[Callable[[ModuleType], None]],
     orders: Iterable[tuple[str, int]],
 ) -> None:
-    """Some check of the module made of tests/host_shim/<source> fails with that mutant of the header."""
-    copy = folder / header.parent.name
-    shutil.copytree(header.parent, copy)
-    (copy / header.name).write_text(mutants(header)[name])
-    mutant = build(source, first=folder)
+    """Some check fails while the kernels, of `build_with_switches`, leave out that one of their switches."""
+    monkeypatch.setenv("LYRA_WITHOUT", str(number))
     with pytest.raises((AssertionError, RuntimeError)):
         for check in checks:
             for order in orders:
-                mutant.configure(*order)
-                check(mutant)
+                kernels.configure(*order)
+                check(kernels)

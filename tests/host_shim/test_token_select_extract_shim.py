@@ -11,16 +11,17 @@ from types import ModuleType
 
 import pytest
 import torch
-from barriers import assert_needed, mutants
+from barriers import assert_needed, barriers
 
 HEADER = Path(__file__).parents[2] / "csrc" / "token_select" / "extract.cuh"
+BARRIERS = barriers(HEADER)
 ORDERS = {"forward": ("forward", 0), "reverse": ("reverse", 0), "shuffled": ("shuffled", 1)}
 RIGHT, LEFT, PACKED = range(3)
 
 
 @pytest.fixture(scope="module")
-def kernels(build) -> ModuleType:
-    return build("token_select_extract.cpp")
+def kernels(build_with_switches) -> ModuleType:
+    return build_with_switches("token_select_extract.cpp", HEADER, list(BARRIERS.values()))
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Case:
     layout: int = RIGHT
     spare: int = 2  # capacity above need
     tied: bool = False  # many keys are the same, so that ties cut across the budget
+    packed: tuple[int, ...] = ()  # tokens at which samples begin and end; rows in proportion
     launches: int = 3
 
 
@@ -54,12 +56,17 @@ CASES = [
     Case(4, 80, batch=2, masked=True, layout=PACKED, launches=5),
     Case(2, 2100, masked=True, launches=6),
     Case(2, 60, segments=60, launches=4),
+    Case(12, 120, packed=(0, 40, 40, 110), masked=True, bias=True, layout=PACKED, launches=7),
+    Case(12, 120, packed=(10, 120), segments=3, keep="counts", layout=PACKED, launches=7),
 ]
 
 
 def check_case(case: Case, kernels: ModuleType) -> None:
     g = torch.Generator().manual_seed(case.rows * 1000 + case.length)
     b, n, m = case.batch, case.rows, case.length
+    cu = [torch.tensor(case.packed).mul(size).div(m, rounding_mode="floor").int() for size in (n, m)]
+    cu = [places.numpy() if case.packed else None for places in cu]
+    samples = len(case.packed) - 1 if case.packed else b
     query = torch.randn(b, 4, n, 16, generator=g)
     key = torch.randn(b, 2, m, 16, generator=g)
     if case.tied:
@@ -73,7 +80,7 @@ def check_case(case: Case, kernels: ModuleType) -> None:
     key_bias[torch.rand(b, m, generator=g) < 0.1] = -torch.inf
     candidates = torch.rand(b, m, generator=g) < (0.8 if m > 1 else 2)
     segment = torch.randint(-1, case.segments + 1, (b, m), generator=g)
-    counts = torch.randint(-1, max(2, m // 3), (b, case.segments) if case.segments > 1 else (b,), generator=g)
+    counts = torch.randint(-1, max(2, m // 3), (samples, case.segments)[: 1 + (case.segments > 1)], generator=g)
     tensors = [
         torch.randn(1, b, m, 40, generator=g),
         torch.randint(0, 99, (3, b, m, 1), generator=g),  # position ids of three planes
@@ -92,7 +99,7 @@ def check_case(case: Case, kernels: ModuleType) -> None:
             query_mask.numpy() if case.masked else None,
             key_mask.numpy() if case.masked else None,
             key_bias.numpy() if case.key_bias else None,
-            torch.rand(b, 4, generator=torch.Generator().manual_seed(1)).numpy() if case.weights else None,
+            torch.rand(samples, 4, generator=torch.Generator().manual_seed(1)).numpy() if case.weights else None,
             torch.full((b, 4, n), 3.0).numpy() if case.lse else None,
             case.causal,
             candidates.numpy(),
@@ -104,7 +111,7 @@ def check_case(case: Case, kernels: ModuleType) -> None:
             case.min_keep,
         )
         bits = (query.view(torch.uint16).numpy(), key.view(torch.uint16).numpy())
-        *selection, launches = kernels.run(fused, *bits, *options, capacity, case.layout, complete, table)
+        *selection, launches = kernels.run(fused, *bits, *options, capacity, case.layout, complete, table, *cu)
         return [torch.from_numpy(t) for t in selection], out, launches
 
     lengths = run(False, b * m if case.layout == PACKED else m, True)[0][1]
@@ -132,10 +139,9 @@ def test_extract(kernels: ModuleType, check: str, order: str) -> None:
 
 
 def test_there_are_barriers_to_take_out() -> None:
-    assert len(mutants(HEADER)) == 2
+    assert len(BARRIERS) == 2
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", mutants(HEADER))
-def test_every_barrier_is_needed(build, tmp_path: Path, name: str) -> None:
-    assert_needed(name, HEADER, build, "token_select_extract.cpp", tmp_path, CHECKS.values(), ORDERS.values())
+@pytest.mark.parametrize("number", range(len(BARRIERS)), ids=BARRIERS)
+def test_every_barrier_is_needed(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    assert_needed(number, kernels, monkeypatch, CHECKS.values(), ORDERS.values())

@@ -11,19 +11,20 @@ from types import ModuleType
 
 import pytest
 import torch
-from barriers import assert_needed, mutants
+from barriers import assert_needed, barriers
 from token_select_oracles import CASES, Case, made
 from torch import Tensor
 
 from lyra_ops.testing import assert_within_reference_error
 
 HEADER = Path(__file__).parents[2] / "csrc" / "token_select" / "scores.cuh"
+BARRIERS = barriers(HEADER)
 ORDERS = {"forward": ("forward", 0), "reverse": ("reverse", 0), "shuffled": ("shuffled", 1)}
 
 
 @pytest.fixture(scope="module")
-def kernels(build) -> ModuleType:
-    return build("token_select_scores.cpp")
+def kernels(build_with_switches) -> ModuleType:
+    return build_with_switches("token_select_scores.cpp", HEADER, list(BARRIERS.values()))
 
 
 def run(kernels: ModuleType, case: Case, made: dict, cu: tuple = (None, None), weights: Tensor | None = None) -> tuple:
@@ -129,10 +130,9 @@ def test_scores(kernels: ModuleType, check: str, order: str) -> None:
 
 
 def test_there_are_barriers_to_take_out() -> None:
-    assert len(mutants(HEADER)) == 8
+    assert len(BARRIERS) == 8
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", mutants(HEADER))
-def test_every_barrier_is_needed(build, tmp_path: Path, name: str) -> None:
-    assert_needed(name, HEADER, build, "token_select_scores.cpp", tmp_path, CHECKS.values(), ORDERS.values())
+@pytest.mark.parametrize("number", range(len(BARRIERS)), ids=BARRIERS)
+def test_every_barrier_is_needed(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    assert_needed(number, kernels, monkeypatch, CHECKS.values(), ORDERS.values())

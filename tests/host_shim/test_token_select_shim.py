@@ -12,17 +12,18 @@ from types import ModuleType
 
 import pytest
 import torch
-from barriers import assert_needed, mutants
+from barriers import assert_needed, barriers
 from torch import Tensor
 
 HEADER = Path(__file__).parents[2] / "csrc" / "token_select" / "select.cuh"
+BARRIERS = barriers(HEADER)
 ORDERS = {"forward": ("forward", 0), "reverse": ("reverse", 0), "shuffled": ("shuffled", 1)}
 RIGHT, LEFT, PACKED = range(3)
 
 
 @pytest.fixture(scope="module")
-def kernels(build) -> ModuleType:
-    return build("token_select.cpp")
+def kernels(build_with_switches) -> ModuleType:
+    return build_with_switches("token_select.cpp", HEADER, list(BARRIERS.values()))
 
 
 # --- select ----------------------------------------------------------------------------------------------------------
@@ -257,10 +258,9 @@ def test_gather_by_the_inverse_map_undoes_it(kernels: ModuleType) -> None:
 
 
 def test_there_are_barriers_to_take_out() -> None:
-    assert len(mutants(HEADER)) >= 7
+    assert len(BARRIERS) >= 7
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", mutants(HEADER))
-def test_every_barrier_is_needed(build, tmp_path: Path, name: str) -> None:
-    assert_needed(name, HEADER, build, "token_select.cpp", tmp_path, SELECT_CHECKS.values(), ORDERS.values())
+@pytest.mark.parametrize("number", range(len(BARRIERS)), ids=BARRIERS)
+def test_every_barrier_is_needed(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    assert_needed(number, kernels, monkeypatch, SELECT_CHECKS.values(), ORDERS.values())

@@ -10,14 +10,16 @@ using namespace lyra::token_select;
 
 namespace {
 
-// query (B,Hq,Lq,D), key (B,Hkv,L,D) as bits of bfloat16, adjacent. tensors: (from, to, planes, row_bytes,
-// plane_stride, sample_stride, token_stride). Returns index, lengths, inverse and the number of launches.
+// query (B,Hq,Lq,D), key (B,Hkv,L,D) as bits of bfloat16, adjacent; packed, of a batch of one. tensors: (from, to,
+// planes, row_bytes, plane_stride, sample_stride, token_stride). Returns index, lengths, inverse and the number of
+// launches.
 py::tuple run(bool fused, Array<uint16_t> query, Array<uint16_t> key, Maybe<bool> query_mask, Maybe<bool> key_mask,
               Maybe<float> key_bias, Maybe<float> head_weights, Maybe<float> lse, bool causal, Array<bool> candidates,
               Maybe<float> bias, Maybe<int64_t> segment, int64_t segments, Maybe<int64_t> counts, double share,
               int64_t min_keep, int64_t capacity, int layout, bool complete,
-              const std::vector<std::array<int64_t, 7>>& tensors) {
-  const int64_t batch = query.shape(0), heads = query.shape(1), rows = query.shape(2), dim = query.shape(3);
+              const std::vector<std::array<int64_t, 7>>& tensors, Maybe<int32_t> cu_q, Maybe<int32_t> cu_k) {
+  const int64_t out_batch = query.shape(0), batch = cu_k ? cu_k->size() - 1 : out_batch, heads = query.shape(1),
+                rows = query.shape(2), dim = query.shape(3);
   const int64_t kv_heads = key.shape(1), length = key.shape(2);
   const Problem scored_without_planes{batch,
                                       heads,
@@ -27,8 +29,8 @@ py::tuple run(bool fused, Array<uint16_t> query, Array<uint16_t> key, Maybe<bool
                                       dim,
                                       {query.data(), heads * rows * dim, rows * dim, dim, 1, dim % 8 == 0},
                                       {key.data(), kv_heads * length * dim, length * dim, dim, 1, dim % 8 == 0},
-                                      nullptr,
-                                      nullptr,
+                                      pointer(cu_q),
+                                      pointer(cu_k),
                                       pointer(query_mask),
                                       pointer(key_mask),
                                       nullptr,
@@ -41,11 +43,11 @@ py::tuple run(bool fused, Array<uint16_t> query, Array<uint16_t> key, Maybe<bool
                                       false,
                                       nullptr};
   Problem scored = scored_without_planes;
-  std::vector<float> planes(static_cast<size_t>(batch * kv_heads * length), scored.is_short() ? NAN : 0.0f);
+  std::vector<float> planes(static_cast<size_t>(out_batch * kv_heads * length), scored.is_short() ? NAN : 0.0f);
   scored.planes = planes.data();
   const bool per_segment = counts && counts->ndim() == 2;
   auto index = poisoned({layout == kPacked ? 1 : batch, capacity}), lengths = poisoned({batch});
-  auto inverse = poisoned({batch, length});
+  auto inverse = poisoned({out_batch, length});
   Selection p{batch,
               kv_heads,
               length,
@@ -56,14 +58,14 @@ py::tuple run(bool fused, Array<uint16_t> query, Array<uint16_t> key, Maybe<bool
               candidates.data(),
               pointer(key_mask),
               pointer(segment),
-              nullptr,
+              pointer(cu_k),
               {pointer(counts), nullptr, per_segment ? segments : 1, per_segment ? 1 : 0, share, 0, min_keep},
               static_cast<Layout>(layout),
               complete,
               index.mutable_data(),
               lengths.mutable_data(),
               inverse.mutable_data()};
-  Table table{batch, length, index.shape(0), capacity, index.data(), layout == kPacked, 0, {}};
+  Table table{out_batch, length, index.shape(0), capacity, index.data(), layout == kPacked && !cu_k, 0, {}};
   for (const auto& [from, to, n_planes, row_bytes, plane_stride, sample_stride, token_stride] : tensors) {
     table.tensors[table.count++] = {reinterpret_cast<const char*>(from),
                                     reinterpret_cast<char*>(to),
@@ -87,8 +89,8 @@ py::tuple run(bool fused, Array<uint16_t> query, Array<uint16_t> key, Maybe<bool
     return py::make_tuple(index, lengths, inverse, lyra::host::launches);
   }
   check(score_planes<lyra::Bf16>(scored, workspace.at(), nullptr));
-  std::vector<float> scores(static_cast<size_t>(batch * length), NAN);
-  check(sum_planes(planes.data(), kv_heads, length, batch * length, scores.data(), nullptr));
+  std::vector<float> scores(static_cast<size_t>(out_batch * length), NAN);
+  check(sum_planes(planes.data(), kv_heads, length, out_batch * length, scores.data(), nullptr));
   for (size_t i = 0; bias && i < scores.size(); ++i) scores[i] += bias->data()[i];
   p.planes = 1;
   p.scores = scores.data();

@@ -20,6 +20,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -124,6 +125,7 @@ class Device {
     while (static_cast<int>(fibers_.size()) < places * threads) fibers_.emplace_back();
     threads_ = threads;
     places_.assign(places, {});
+    ready_.assign((places * threads + 63) / 64, 0);
     random_.seed(settings().seed);
     touched_.clear();
     error_.clear();
@@ -141,7 +143,9 @@ class Device {
         if (place.block >= 0 && place.left == 0) begin_block(place, shared_bytes);
       }
     }
-    if (!error_.empty()) throw std::runtime_error(error_);
+    if (error_.empty()) return;
+    for (Fiber& fiber : fibers_) fiber.started = false;  // they stand in the middle of the kernel
+    throw std::runtime_error(error_);
   }
 
   char* shared() {  // 16-byte aligned
@@ -226,7 +230,13 @@ class Device {
  private:
   Fiber& self() { return fibers_[current_]; }
   Residence& place() { return places_[current_ / threads_]; }
-  Fiber* fibers_of(const Residence& place) { return &fibers_[(&place - places_.data()) * threads_]; }
+  int first_of(const Residence& place) const { return static_cast<int>(&place - places_.data()) * threads_; }
+
+  void set(int fiber, State state) {
+    fibers_[fiber].state = state;
+    const uint64_t bit = uint64_t{1} << (fiber % 64);
+    state == kReady ? ready_[fiber / 64] |= bit : ready_[fiber / 64] &= ~bit;
+  }
 
   static bool ordered(const Access& a, const Access& b) {
     if (a.block != b.block) return false;
@@ -251,12 +261,10 @@ class Device {
     place.left = threads_;
     place.shared.assign(shared_bytes / sizeof(uint64_t) + 2, ~uint64_t{0});  // NaN in any float type
     place.warp_barriers.assign(threads_, 0);
-    Fiber* const fibers = fibers_of(place);
-    for (int t = 0; t < threads_; ++t) {
-      fibers[t].started = false;
-      fibers[t].state = kReady;
-      fibers[t].copies.clear();
-      fibers[t].groups = 0;
+    for (int t = first_of(place); t < first_of(place) + threads_; ++t) {
+      set(t, kReady);
+      fibers_[t].copies.clear();
+      fibers_[t].groups = 0;
     }
     idle_rounds_ = 0;
   }
@@ -281,19 +289,30 @@ class Device {
   }
 
   int pick() {
-    const int all = static_cast<int>(places_.size()) * threads_;
-    const int offset = settings().order == kShuffled ? static_cast<int>(random_() % all) : 0;
-    for (int k = 0; k < all; ++k) {
-      int t = (k + offset) % all;
-      if (settings().order == kReverse) t = all - 1 - t;
-      if (places_[t / threads_].block >= 0 && fibers_[t].state == kReady) return t;
+    if (settings().order == kReverse) {
+      for (size_t w = ready_.size(); w-- > 0;) {
+        if (ready_[w]) return static_cast<int>(w) * 64 + 63 - std::countl_zero(ready_[w]);
+      }
+      return -1;
     }
-    return -1;
+    const int all = static_cast<int>(places_.size()) * threads_;
+    const int from = settings().order == kShuffled ? static_cast<int>(random_() % all) : 0;
+    const int next = first_ready(from);
+    return next < 0 && from > 0 ? first_ready(0) : next;
+  }
+
+  // From that one on; -1 if there is none.
+  int first_ready(int from) const {
+    uint64_t word = ready_[from / 64] >> (from % 64) << (from % 64);
+    for (size_t w = from / 64;; word = ready_[w]) {
+      if (word) return static_cast<int>(w) * 64 + std::countr_zero(word);
+      if (++w == ready_.size()) return -1;
+    }
   }
 
   void release_warp(int fiber) {
-    const int thread = fiber % threads_ / kWarp * kWarp;  // the warp's first
-    Fiber* const lanes = &fibers_[fiber - fiber % threads_ + thread];
+    const int thread = fiber % threads_ / kWarp * kWarp, first = fiber - fiber % threads_ + thread;  // of the warp
+    Fiber* const lanes = &fibers_[first];
     const Fiber& one = fibers_[fiber];
     for (int lane = 0; lane < kWarp && thread + lane < threads_; ++lane) {
       const Fiber& f = lanes[lane];
@@ -302,16 +321,16 @@ class Device {
     for (int lane = 0; lane < kWarp && thread + lane < threads_; ++lane) {
       if (!(one.mask >> lane & 1)) continue;
       lanes[lane].offered = lanes[lane].value;
-      lanes[lane].state = kReady;
+      set(first + lane, kReady);
     }
   }
 
   bool release_block(Residence& place) {
-    Fiber* const fibers = fibers_of(place);
+    const int first = first_of(place);
     const char* where = nullptr;
     uint64_t any = 0;
-    for (int t = 0; t < threads_; ++t) {
-      const Fiber& f = fibers[t];
+    for (int t = first; t < first + threads_; ++t) {
+      const Fiber& f = fibers_[t];
       if (f.state == kDone) continue;
       if (f.state != kAtBlockBarrier || (where && f.waits_at != where)) return false;
       where = f.waits_at;
@@ -319,22 +338,23 @@ class Device {
     }
     place.block_result = any;
     ++place.block_barriers;
-    for (int t = 0; t < threads_; ++t) {
-      if (fibers[t].state == kAtBlockBarrier) fibers[t].state = kReady;
+    for (int t = first; t < first + threads_; ++t) {
+      if (fibers_[t].state == kAtBlockBarrier) set(t, kReady);
     }
     return true;
   }
 
   bool release_spinning() {
     bool some = false;
-    for (size_t t = 0; t < places_.size() * threads_; ++t) {
+    const int all = static_cast<int>(places_.size()) * threads_;
+    for (int t = 0; t < all; ++t) {
       if (places_[t / threads_].block < 0 || fibers_[t].state != kSpinning) continue;
-      fibers_[t].state = kReady;
+      set(t, kReady);
       some = true;
     }
-    for (size_t t = places_.size() * threads_; t-- > 0;) {
+    for (int t = all; t-- > 0;) {
       if (places_[t / threads_].block < 0 || fibers_[t].state != kResting) continue;
-      fibers_[t].state = kReady;
+      set(t, kReady);
       return true;
     }
     return some && ++idle_rounds_ < 10000;
@@ -373,7 +393,7 @@ class Device {
 
   void wait(State state, const char* where) {
     Fiber& fiber = self();
-    fiber.state = state;
+    set(current_, state);
     fiber.waits_at = where;
     if (!_setjmp(fiber.resume_at)) _longjmp(scheduler_, 1);
   }
@@ -381,6 +401,7 @@ class Device {
   std::function<void()> kernel_;
   std::vector<Fiber> fibers_;  // threads_ of them for each place
   std::vector<Residence> places_;
+  std::vector<uint64_t> ready_;                       // a bit for each fiber
   std::vector<int> waiting_;                          // blocks, the next one last
   std::unordered_map<const void*, History> touched_;  // outside shared memory
   std::minstd_rand random_;
@@ -395,8 +416,10 @@ inline Device& device() {
 }
 
 inline void Device::fiber_main() {
-  device().kernel_();
-  device().wait(kDone, "end");
+  for (;;) {  // a fiber that is through is there for the next block
+    device().kernel_();
+    device().wait(kDone, "end");
+  }
 }
 
 template <class T>
