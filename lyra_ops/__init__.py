@@ -10,6 +10,7 @@ from lyra_ops.soft_dtw.statistics import SoftDTWStatistics, pair_cost, soft_dtw_
 from lyra_ops.token_select import (
     TokenSelection,
     extract_tokens,
+    extract_tokens_packed,
     gather_tokens,
     select_tokens,
     select_tokens_packed,
@@ -27,6 +28,7 @@ __all__ = [
     "backend_of",
     "dtw_path",
     "extract_tokens",
+    "extract_tokens_packed",
     "gather_tokens",
     "multi_lora_linear",
     "multi_lora_linears",

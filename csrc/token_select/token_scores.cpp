@@ -17,8 +17,6 @@
 // and one of keys.
 #include "token_select.h"
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
@@ -31,7 +29,6 @@
 #include <type_traits>
 #include <vector>
 
-#include "lyra/check.h"
 #include "score_tiles.h"
 
 namespace lyra::token_select {
@@ -330,111 +327,55 @@ class Scoring {
   const int64_t scores_stride_;
 };
 
-std::optional<Tensor> checked(const char* name, const std::optional<Tensor>& given,
-                              std::initializer_list<int64_t> shape, std::initializer_list<ScalarType> types) {
-  if (!given) return std::nullopt;
-  check_shape(name, *given, shape);
-  check(std::find(types.begin(), types.end(), given->scalar_type()) != types.end(), name, ": got dtype ",
-        torch::headeronly::toString(given->scalar_type()));
-  return torch::stable::contiguous(*given);
-}
-
-template <typename T>
-const T* data(const std::optional<Tensor>& t, ScalarType type) {
-  return t && t->scalar_type() == type ? t->const_data_ptr<T>() : nullptr;
-}
-
-// Where each sample begins, and the end; one row of a padded batch each, or as cu_seqlens say.
-std::vector<int64_t> sample_starts(const char* name, const std::optional<Tensor>& cu_seqlens, int64_t batch,
-                                   int64_t length) {
-  std::vector<int64_t> starts;
-  if (!cu_seqlens) {
-    for (int64_t b = 0; b <= batch; ++b) starts.push_back(b * length);
-    return starts;
-  }
-  const int32_t* places = cu_seqlens->const_data_ptr<int32_t>();
-  starts.assign(places, places + cu_seqlens->numel());
-  check(batch == 1 && !starts.empty() && starts[0] >= 0 && starts.back() <= length &&
-            std::is_sorted(starts.begin(), starts.end()),
-        name, ": expected increasing places from 0 to ", length, " in a batch of 1");
-  return starts;
-}
-
 }  // namespace
 
-Tensor token_scores(const Tensor& query, const Tensor& key, const std::optional<Tensor>& query_mask,
-                    const std::optional<Tensor>& key_mask, const std::optional<Tensor>& key_limits,
-                    const std::optional<Tensor>& key_bias, const std::optional<Tensor>& head_weights, double scale,
-                    bool causal, const std::optional<Tensor>& lse, bool per_head,
-                    const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k) {
-  check_shape("query", query, {kAny, kAny, kAny, kAny});
-  const int64_t batch = query.size(0), heads = query.size(1), rows = query.size(2), dim = query.size(3);
-  check_shape("key", key, {batch, kAny, kAny, dim});
-  const int64_t kv_heads = key.size(1), length = key.size(2);
-  const ScalarType type = query.scalar_type();
-  check(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16, "query: got dtype ",
-        torch::headeronly::toString(type), ", expected float32, float16 or bfloat16");
-  check_dtype("key", key, type);
-  check(kv_heads > 0 && heads > 0 && heads % kv_heads == 0, "query: got ", heads, " heads for ", kv_heads, " of key");
-  check(length < std::numeric_limits<int32_t>::max() && rows < std::numeric_limits<int32_t>::max(), "key: got ", length,
-        " keys, expected fewer than 2^31 - 1");
-  check(cu_seqlens_q.has_value() == cu_seqlens_k.has_value(), "cu_seqlens: expected both or neither");
-  const auto query_cu = checked("cu_seqlens_q", cu_seqlens_q, {kAny}, {ScalarType::Int});
-  const auto key_cu = checked("cu_seqlens_k", cu_seqlens_k, {kAny}, {ScalarType::Int});
-  const std::vector<int64_t> query_starts = sample_starts("cu_seqlens_q", query_cu, batch, rows);
-  const std::vector<int64_t> key_starts = sample_starts("cu_seqlens_k", key_cu, batch, length);
-  check(query_starts.size() == key_starts.size(), "cu_seqlens_k: got ", key_starts.size(), " places, expected ",
-        query_starts.size());
-  const int64_t samples = static_cast<int64_t>(query_starts.size()) - 1;
-  const auto weights = checked("head_weights", head_weights, {samples, heads}, {ScalarType::Float});
-  const auto counted = checked("query_mask", query_mask, {batch, rows}, {ScalarType::Bool});
-  const auto real = checked("key_mask", key_mask, {batch, length}, {ScalarType::Bool});
-  const auto limits = checked("key_limits", key_limits, {batch, rows}, {ScalarType::Int});
-  const auto bias = checked("key_bias", key_bias, {batch, length}, {ScalarType::Float});
-  const auto norms = checked("lse", lse, {batch, heads, rows}, {ScalarType::Float, ScalarType::Double});
+Tensor token_scores(const ScoreArguments& a) {
+  const int64_t batch = a.batch, heads = a.heads, rows = a.rows, length = a.length;
+  const std::vector<int64_t> query_starts = sample_starts("cu_seqlens_q", a.cu_q, batch, rows);
+  const std::vector<int64_t> key_starts = sample_starts("cu_seqlens_k", a.cu_k, batch, length);
 
   std::vector<int64_t> shape{batch, length};
-  if (per_head) shape.insert(shape.begin() + 1, heads);
-  Tensor scores = torch::stable::new_empty(query, shape, ScalarType::Float);
+  if (a.per_head) shape.insert(shape.begin() + 1, heads);
+  Tensor scores = torch::stable::new_empty(a.query, shape, ScalarType::Float);
   float* result = scores.mutable_data_ptr<float>();
   std::fill(result, result + scores.numel(), 0.0f);
-  const int64_t item = static_cast<int64_t>(query.element_size());
+  const int64_t item = static_cast<int64_t>(a.query.element_size());
   const bool wide = cpu_is_wide();
-  const bool pairs = type == ScalarType::BFloat16 && dim % 2 == 0 && cpu_has_pairs();
+  const bool pairs = a.type == ScalarType::BFloat16 && a.dim % 2 == 0 && cpu_has_pairs();
 
   const auto score = [&](int64_t b) {
     // A padded sample is a row of the batch; packed ones stand in its only row.
-    const int64_t row = query_cu ? 0 : b;
+    const int64_t row = a.cu_q ? 0 : b;
     const int64_t query_start = query_starts[b] - row * rows, key_start = key_starts[b] - row * length;
     const int64_t n_rows = query_starts[b + 1] - query_starts[b], n_keys = key_starts[b + 1] - key_starts[b];
     const auto source = [&](const Tensor& t, int64_t start) {
       const char* first = static_cast<const char*>(t.const_data_ptr());
       return Source{first + (row * t.stride(0) + start * t.stride(2)) * item,
-                    type,
+                    a.type,
                     item,
                     {t.stride(1), t.stride(2), t.stride(3)}};
     };
     const auto of_keys = [&](auto* from) { return from ? from + key_starts[b] : nullptr; };
     const auto of_rows = [&](auto* from) { return from ? from + query_starts[b] : nullptr; };
     const auto of_heads = [&](auto* from) { return from ? from + row * heads * rows + query_start : nullptr; };
-    Sample s{source(query, query_start),
-             source(key, key_start),
+    Sample s{source(a.query, query_start),
+             source(a.key, key_start),
              heads,
-             kv_heads,
-             dim,
-             scale * kLog2e,
+             a.kv_heads,
+             a.dim,
+             a.scale * kLog2e,
              {},
              {},
              {},
              0,
-             of_keys(data<float>(bias, ScalarType::Float)),
-             weights ? weights->const_data_ptr<float>() + b * heads : nullptr,
-             of_heads(data<float>(norms, ScalarType::Float)),
-             of_heads(data<double>(norms, ScalarType::Double)),
+             of_keys(pointer<float>(a.key_bias)),
+             a.head_weights ? pointer<float>(a.head_weights) + b * heads : nullptr,
+             of_heads(pointer<float>(a.lse, ScalarType::Float)),
+             of_heads(pointer<double>(a.lse, ScalarType::Double)),
              rows};
-    const bool* is_real = of_keys(data<bool>(real, ScalarType::Bool));
-    const bool* counts = of_rows(data<bool>(counted, ScalarType::Bool));
-    const int32_t* limit_of = of_rows(data<int32_t>(limits, ScalarType::Int));
+    const bool* is_real = of_keys(pointer<bool>(a.key_mask));
+    const bool* counts = of_rows(pointer<bool>(a.query_mask));
+    const int32_t* limit_of = of_rows(pointer<int32_t>(a.key_limits));
     for (int64_t k = 0; k < n_keys; ++k) {
       if ((!is_real || is_real[k]) && (!s.key_bias || s.key_bias[k] != kNone)) {
         s.keys.push_back(static_cast<int32_t>(k));
@@ -444,19 +385,19 @@ Tensor token_scores(const Tensor& query, const Tensor& key, const std::optional<
     s.n_keys = static_cast<int64_t>(s.keys.size());
     s.keys.resize((s.keys.size() + kKeys - 1) / kKeys * kKeys, kNowhere);
     for (int64_t r = 0; r < n_rows; ++r) {
-      int64_t limit = causal ? n_keys - n_rows + r + 1 : n_keys;
+      int64_t limit = a.causal ? n_keys - n_rows + r + 1 : n_keys;
       if (limit_of) limit = std::min<int64_t>(limit, limit_of[r]);
       if ((counts && !counts[r]) || limit <= s.keys[0]) continue;
       s.rows.push_back(static_cast<int32_t>(r));
       s.limits.push_back(static_cast<int32_t>(limit));
     }
     if (s.rows.empty()) return;
-    float* to = result + (per_head ? row * heads * length : row * length) + key_start;
-    pairs ? Scoring<uint16_t>(s, true, per_head, length, to).run()
-          : Scoring<float>(s, wide, per_head, length, to).run();
+    float* to = result + (a.per_head ? row * heads * length : row * length) + key_start;
+    pairs ? Scoring<uint16_t>(s, true, a.per_head, length, to).run()
+          : Scoring<float>(s, wide, a.per_head, length, to).run();
   };
   // Samples side by side where there are enough of them; else what is inside a sample.
-  torch::stable::parallel_for(0, samples, samples < torch::stable::get_num_threads() ? samples : 1,
+  torch::stable::parallel_for(0, a.samples, a.samples < torch::stable::get_num_threads() ? a.samples : 1,
                               [&](int64_t begin, int64_t end) {
                                 for (int64_t b = begin; b < end; ++b) score(b);
                               });

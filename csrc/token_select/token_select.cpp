@@ -15,13 +15,12 @@
 //   out[b, k] = in[b, index[b, k]], or with flat in[v / L, v % L], v = index[b, k]; fill where index is -1.
 // Its backward is itself, by the inverse map: no two tokens share a place.
 //
-// token_select_extract.  The three, one after the other, padded in; `bias` (B, L) float32 is added to the scores. On a
-// GPU a sample that needs more than capacity fails a device-side assertion.
+// token_select_extract.  The three, one after the other; `bias` (B, L) float32 is added to the scores. Packed in, the
+// candidates have the places of cu_seqlens_k. On a GPU a sample that needs more than capacity fails a device-side
+// assertion.
 #include "token_select.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <array>
@@ -33,8 +32,6 @@
 #include <tuple>
 #include <type_traits>
 #include <vector>
-
-#include "lyra/check.h"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lyra, m) {
   m.def(
@@ -51,7 +48,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lyra, m) {
       "token_select_extract(Tensor query, Tensor key, Tensor candidates, Tensor[] tensors, Tensor? query_mask,"
       " Tensor? key_mask, Tensor? key_limits, Tensor? key_bias, Tensor? head_weights, float scale, bool causal,"
       " Tensor? lse, Tensor? bias, Tensor? segments, Tensor? keep, float? share, SymInt? count, SymInt min_keep,"
-      " SymInt capacity, int layout, bool[] planes, float[] fill)"
+      " SymInt capacity, int layout, bool[] planes, float[] fill, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k)"
       " -> (Tensor index, Tensor lengths, Tensor inverse, Tensor[] outputs)");
 }
 
@@ -98,29 +95,18 @@ void find_last(Int* keys, int64_t n, Budget<Int>& budget) {
   budget.equal = n > k ? k : std::count(keys, keys + n, budget.last);
 }
 
-struct Selection {
-  std::optional<Tensor> keep;
-  std::optional<double> share;
-  std::optional<int64_t> count;
-  int64_t min_keep, segments;
-
-  int64_t budget(int64_t sample, int64_t segment, int64_t candidates) const {
-    int64_t k = count.value_or(0);
-    std::optional<double> part = share;
-    if (keep) {
-      const int64_t at = keep->dim() == 1 ? sample : sample * segments + segment;
-      if (keep->scalar_type() == ScalarType::Double)
-        part = keep->const_data_ptr<double>()[at];
-      else
-        k = keep->const_data_ptr<int64_t>()[at];
-    }
-    if (part) {
-      const double exact = std::floor(*part * static_cast<double>(candidates));
-      k = !(exact > 0) ? 0 : static_cast<int64_t>(std::min(exact, static_cast<double>(candidates)));
-    }
-    return std::min(candidates, std::max(min_keep, k));
+int64_t budget_of(const SelectArguments& a, int64_t sample, int64_t segment, int64_t candidates) {
+  int64_t k = a.count.value_or(0);
+  std::optional<double> part = a.share;
+  const int64_t at = a.per_segment() ? sample * a.segments + segment : sample;
+  if (const double* shares = pointer<double>(a.keep, ScalarType::Double)) part = shares[at];
+  if (const int64_t* counts = pointer<int64_t>(a.keep, ScalarType::Long)) k = counts[at];
+  if (part) {
+    const double exact = std::floor(*part * static_cast<double>(candidates));
+    k = !(exact > 0) ? 0 : static_cast<int64_t>(std::min(exact, static_cast<double>(candidates)));
   }
-};
+  return std::min(candidates, std::max(a.min_keep, k));
+}
 
 // One sample: tokens first .. first + length - 1 of the flat batch.
 template <typename S>
@@ -141,7 +127,7 @@ struct Sample {
     return segment < segments ? std::max<int64_t>(segment, -1) : -1;
   }
 
-  void decide(int64_t sample, const Selection& selection) {
+  void decide(int64_t sample, const SelectArguments& a) {
     for (int64_t i = 0; i < length; ++i) {
       if (!is_real(i)) continue;
       const int64_t s = segment(i);
@@ -151,7 +137,7 @@ struct Sample {
     std::vector<int64_t> ends;
     int64_t total = 0;
     for (Budget<Int>& budget : budgets) {
-      budget.kept = selection.budget(sample, static_cast<int64_t>(ends.size()), budget.candidates);
+      budget.kept = budget_of(a, sample, static_cast<int64_t>(ends.size()), budget.candidates);
       kept += budget.kept;
       ends.push_back(total);
       total += budget.candidates;
@@ -178,65 +164,17 @@ struct Sample {
   }
 };
 
-std::optional<Tensor> checked(const char* name, const std::optional<Tensor>& given, int64_t batch, int64_t length,
-                              ScalarType type) {
-  if (!given) return std::nullopt;
-  check_shape(name, *given, {batch, length});
-  check_dtype(name, *given, type);
-  return torch::stable::contiguous(*given);
-}
-
-template <typename T>
-const T* data(const std::optional<Tensor>& t) {
-  return t ? t->const_data_ptr<T>() : nullptr;
-}
-
-std::tuple<Tensor, Tensor, Tensor> select_tokens(const Tensor& given_scores, const Tensor& given_candidates,
-                                                 const std::optional<Tensor>& key_mask,
-                                                 const std::optional<Tensor>& segments,
-                                                 const std::optional<Tensor>& keep, std::optional<double> share,
-                                                 std::optional<int64_t> count, int64_t min_keep, int64_t capacity,
-                                                 int64_t layout, const std::optional<Tensor>& cu_seqlens) {
-  check_shape("scores", given_scores, {kAny, kAny});
+std::tuple<Tensor, Tensor, Tensor> select_tokens(const Tensor& given_scores, const SelectArguments& a) {
   const Tensor scores = torch::stable::contiguous(given_scores);
   const ScalarType type = scores.scalar_type();
   check(type == ScalarType::Float || type == ScalarType::Double, "scores: got dtype ",
         torch::headeronly::toString(type), ", expected float32 or float64");
-  const int64_t rows = scores.size(0), length = scores.size(1);
-  const std::optional<Tensor> candidates = checked("candidates", given_candidates, rows, length, ScalarType::Bool);
-  const std::optional<Tensor> real = checked("key_mask", key_mask, rows, length, ScalarType::Bool);
-  const std::optional<Tensor> segment_of = checked("segments", segments, rows, length, ScalarType::Long);
-  check(layout >= kRight && layout <= kPacked, "layout: got ", layout, ", expected 0, 1 or 2");
-  check(min_keep >= 0 && capacity >= 0, "got min_keep ", min_keep, " and capacity ", capacity, ", expected at least 0");
-
-  std::vector<int64_t> starts;  // of the samples in the flat batch, and the end
-  if (cu_seqlens) {
-    check(rows == 1 && layout == kPacked, "cu_seqlens: got ", rows, " rows and layout ", layout, ", expected 1 and 2");
-    check_shape("cu_seqlens", *cu_seqlens, {kAny});
-    check_dtype("cu_seqlens", *cu_seqlens, ScalarType::Int);
-    const Tensor flat = torch::stable::contiguous(*cu_seqlens);
-    starts.assign(flat.const_data_ptr<int32_t>(), flat.const_data_ptr<int32_t>() + flat.numel());
-    check(!starts.empty() && starts[0] >= 0 && starts.back() <= length && std::is_sorted(starts.begin(), starts.end()),
-          "cu_seqlens: expected increasing places from 0 to ", length);
-  } else {
-    for (int64_t b = 0; b <= rows; ++b) starts.push_back(b * length);
-  }
-  const int64_t batch = static_cast<int64_t>(starts.size()) - 1;
-
-  check(keep.has_value() + share.has_value() + count.has_value() == 1, "keep, share, count: expected exactly one");
-  Selection selection{std::nullopt, share, count, min_keep, segments ? length : 1};
-  if (keep) {
-    check(keep->dim() == 1 || (keep->dim() == 2 && segments), "keep: got shape ", shape_string(*keep));
-    check(keep->size(0) == batch, "keep: got ", keep->size(0), " samples, expected ", batch);
-    check(keep->scalar_type() == ScalarType::Long || keep->scalar_type() == ScalarType::Double, "keep: got dtype ",
-          torch::headeronly::toString(keep->scalar_type()), ", expected int64 or float64");
-    selection.keep = torch::stable::contiguous(*keep);
-    if (keep->dim() == 2) selection.segments = keep->size(1);
-  }
+  const std::vector<int64_t> starts = sample_starts("cu_seqlens", a.cu_seqlens, a.rows, a.length);
+  const int64_t batch = a.samples, capacity = a.capacity, layout = a.layout;
 
   Tensor index = torch::stable::new_empty(scores, {layout == kPacked ? 1 : batch, capacity}, ScalarType::Long);
   Tensor lengths = torch::stable::new_empty(scores, {batch}, ScalarType::Long);
-  Tensor inverse = torch::stable::new_empty(scores, {rows, length}, ScalarType::Long);
+  Tensor inverse = torch::stable::new_empty(scores, {a.rows, a.length}, ScalarType::Long);
   int64_t *to = index.mutable_data_ptr<int64_t>(), *place_of = inverse.mutable_data_ptr<int64_t>();
   std::fill(to, to + index.numel(), -1);
   std::fill(place_of, place_of + inverse.numel(), -1);
@@ -245,16 +183,16 @@ std::tuple<Tensor, Tensor, Tensor> select_tokens(const Tensor& given_scores, con
     std::vector<Sample<S>> samples;
     for (int64_t b = 0; b < batch; ++b) {
       samples.push_back({scores.const_data_ptr<S>(),
-                         data<bool>(candidates),
-                         data<bool>(real),
-                         data<int64_t>(segment_of),
-                         selection.segments,
+                         pointer<bool>(a.candidates),
+                         pointer<bool>(a.key_mask),
+                         pointer<int64_t>(a.segment),
+                         a.segments,
                          starts[b],
                          starts[b + 1] - starts[b],
                          {}});
     }
     torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) samples[b].decide(b, selection);
+      for (int64_t b = begin; b < end; ++b) samples[b].decide(b, a);
     });
     std::vector<int64_t> columns(batch);  // of each sample's first token
     int64_t total = 0;
@@ -319,20 +257,14 @@ struct Token {
 };
 
 Tensor gather(const Tensor& tensor, const Tensor& index, bool planes, double fill, bool flat) {
-  check(tensor.dim() >= 2 + planes, "tensors: got shape ", shape_string(tensor));
   const int64_t n_planes = planes ? tensor.size(0) : 1, length = tensor.size(1 + planes), batch = tensor.size(planes);
   const int64_t rows = index.size(0), columns = index.size(1), places = flat ? batch * length : length;
-  check(flat || rows == batch, "tensors: got shape ", shape_string(tensor), " for an index of ", rows, " samples");
   const int64_t* from_place = index.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < rows * columns; ++i) {
     check(from_place[i] >= -1 && from_place[i] < places, "index: got ", from_place[i], ", expected -1 to ", places - 1);
   }
 
-  std::vector<int64_t> shape;
-  if (planes) shape.push_back(n_planes);
-  shape.insert(shape.end(), {rows, columns});
-  for (int64_t d = 2 + planes; d < tensor.dim(); ++d) shape.push_back(tensor.size(d));
-  Tensor result = torch::stable::new_empty(tensor, shape);
+  Tensor result = torch::stable::new_empty(tensor, gathered_shape(tensor, index, planes));
   const Token token(tensor, 2 + planes);
   if (token.bytes == 0) return result;
   const int64_t item = static_cast<int64_t>(tensor.element_size());
@@ -363,46 +295,63 @@ Tensor gather(const Tensor& tensor, const Tensor& index, bool planes, double fil
 
 std::vector<Tensor> gather_tokens(const std::vector<Tensor>& tensors, const Tensor& index, std::vector<bool> planes,
                                   std::vector<double> fill, bool flat) {
-  check_shape("index", index, {kAny, kAny});
-  check_dtype("index", index, ScalarType::Long);
-  check(planes.size() == tensors.size() && fill.size() == tensors.size(), "planes, fill: got ", planes.size(), " and ",
-        fill.size(), ", expected one for each of ", tensors.size(), " tensors");
+  check_gather(tensors, index, planes, fill, flat);
   const Tensor places = torch::stable::contiguous(index);
   std::vector<Tensor> results;
   for (size_t i = 0; i < tensors.size(); ++i) results.push_back(gather(tensors[i], places, planes[i], fill[i], flat));
   return results;
 }
 
-std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> extract_tokens(
+Tensor scores(const Tensor& query, const Tensor& key, const std::optional<Tensor>& query_mask,
+              const std::optional<Tensor>& key_mask, const std::optional<Tensor>& key_limits,
+              const std::optional<Tensor>& key_bias, const std::optional<Tensor>& head_weights, double scale,
+              bool causal, const std::optional<Tensor>& lse, bool per_head, const std::optional<Tensor>& cu_seqlens_q,
+              const std::optional<Tensor>& cu_seqlens_k) {
+  return token_scores({query, key, query_mask, key_mask, key_limits, key_bias, head_weights, scale, causal, lse,
+                       per_head, cu_seqlens_q, cu_seqlens_k});
+}
+
+std::tuple<Tensor, Tensor, Tensor> select(const Tensor& scores, const Tensor& candidates,
+                                          const std::optional<Tensor>& key_mask, const std::optional<Tensor>& segments,
+                                          const std::optional<Tensor>& keep, std::optional<double> share,
+                                          std::optional<int64_t> count, int64_t min_keep, int64_t capacity,
+                                          int64_t layout, const std::optional<Tensor>& cu_seqlens) {
+  check_shape("scores", scores, {kAny, kAny});
+  return select_tokens(scores, {scores.size(0), scores.size(1), scores, candidates, key_mask, segments, keep, share,
+                                count, min_keep, capacity, layout, cu_seqlens});
+}
+
+std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> extract(
     const Tensor& query, const Tensor& key, const Tensor& candidates, const std::vector<Tensor>& tensors,
     const std::optional<Tensor>& query_mask, const std::optional<Tensor>& key_mask,
     const std::optional<Tensor>& key_limits, const std::optional<Tensor>& key_bias,
     const std::optional<Tensor>& head_weights, double scale, bool causal, const std::optional<Tensor>& lse,
-    const std::optional<Tensor>& bias, const std::optional<Tensor>& segments, const std::optional<Tensor>& keep,
+    const std::optional<Tensor>& given_bias, const std::optional<Tensor>& segments, const std::optional<Tensor>& keep,
     std::optional<double> share, std::optional<int64_t> count, int64_t min_keep, int64_t capacity, int64_t layout,
-    std::vector<bool> planes, std::vector<double> fill) {
-  Tensor scores = token_scores(query, key, query_mask, key_mask, key_limits, key_bias, head_weights, scale, causal, lse,
-                               false, std::nullopt, std::nullopt);
+    std::vector<bool> planes, std::vector<double> fill, const std::optional<Tensor>& cu_seqlens_q,
+    const std::optional<Tensor>& cu_seqlens_k) {
+  const ScoreArguments scored(query, key, query_mask, key_mask, key_limits, key_bias, head_weights, scale, causal, lse,
+                              false, cu_seqlens_q, cu_seqlens_k);
+  const SelectArguments selected(scored.batch, scored.length, query, candidates, key_mask, segments, keep, share, count,
+                                 min_keep, capacity, layout, cu_seqlens_k);
+  const auto bias = checked("bias", given_bias, {scored.batch, scored.length}, {ScalarType::Float}, query);
+  Tensor scores = token_scores(scored);
   if (bias) {
-    check_shape("bias", *bias, {scores.size(0), scores.size(1)});
-    check_dtype("bias", *bias, ScalarType::Float);
-    const Tensor added = torch::stable::contiguous(*bias);
-    const float* from = added.const_data_ptr<float>();
+    const float* from = pointer<float>(bias);
     float* to = scores.mutable_data_ptr<float>();
     const int64_t size = scores.numel();
     for (int64_t i = 0; i < size; ++i) to[i] += from[i];
   }
-  auto [index, lengths, inverse] = select_tokens(scores, candidates, key_mask, segments, keep, share, count, min_keep,
-                                                 capacity, layout, std::nullopt);
-  return {index, lengths, inverse, gather_tokens(tensors, index, planes, fill, layout == kPacked)};
+  auto [index, lengths, inverse] = select_tokens(scores, selected);
+  return {index, lengths, inverse, gather_tokens(tensors, index, planes, fill, layout == kPacked && !cu_seqlens_k)};
 }
 
 }  // namespace
 }  // namespace lyra::token_select
 
 STABLE_TORCH_LIBRARY_IMPL(lyra, CPU, m) {
-  m.impl("token_select_scores", TORCH_BOX(&lyra::token_select::token_scores));
-  m.impl("token_select_select", TORCH_BOX(&lyra::token_select::select_tokens));
+  m.impl("token_select_scores", TORCH_BOX(&lyra::token_select::scores));
+  m.impl("token_select_select", TORCH_BOX(&lyra::token_select::select));
   m.impl("token_select_gather", TORCH_BOX(&lyra::token_select::gather_tokens));
-  m.impl("token_select_extract", TORCH_BOX(&lyra::token_select::extract_tokens));
+  m.impl("token_select_extract", TORCH_BOX(&lyra::token_select::extract));
 }

@@ -1,21 +1,31 @@
-// The CPU implementations of the raw ops of token_select, for each other; schemas and meaning: token_select.cpp.
+// What the CPU implementations of the raw ops of token_select share; schemas and meaning: token_select.cpp.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
+#include <algorithm>
 #include <cstdint>
 #include <optional>
-#include <tuple>
 #include <vector>
+
+#include "arguments.h"
 
 namespace lyra::token_select {
 
-using torch::stable::Tensor;
+// Where each sample begins, and the end: one row of a padded batch each, or as cu_seqlens say.
+inline std::vector<int64_t> sample_starts(const char* name, const std::optional<Tensor>& cu_seqlens, int64_t batch,
+                                          int64_t length) {
+  std::vector<int64_t> starts;
+  if (!cu_seqlens) {
+    for (int64_t b = 0; b <= batch; ++b) starts.push_back(b * length);
+    return starts;
+  }
+  const int32_t* places = cu_seqlens->const_data_ptr<int32_t>();
+  starts.assign(places, places + cu_seqlens->numel());
+  check(starts[0] >= 0 && starts.back() <= length && std::is_sorted(starts.begin(), starts.end()), name,
+        ": expected increasing places from 0 to ", length);
+  return starts;
+}
 
-Tensor token_scores(const Tensor& query, const Tensor& key, const std::optional<Tensor>& query_mask,
-                    const std::optional<Tensor>& key_mask, const std::optional<Tensor>& key_limits,
-                    const std::optional<Tensor>& key_bias, const std::optional<Tensor>& head_weights, double scale,
-                    bool causal, const std::optional<Tensor>& lse, bool per_head,
-                    const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k);
+// (B, L), or (B, Hq, L) per head.
+Tensor token_scores(const ScoreArguments& arguments);
 
 }  // namespace lyra::token_select

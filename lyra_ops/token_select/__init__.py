@@ -7,7 +7,7 @@
 That is the rule of the published Lyra code. No attention map is built, so it runs beside any attention implementation.
 """
 
-from lyra_ops.token_select.extract import extract_tokens
+from lyra_ops.token_select.extract import extract_tokens, extract_tokens_packed
 from lyra_ops.token_select.gather import gather_tokens
 from lyra_ops.token_select.scores import token_scores, token_scores_packed
 from lyra_ops.token_select.selection import TokenSelection, select_tokens, select_tokens_packed
@@ -15,6 +15,7 @@ from lyra_ops.token_select.selection import TokenSelection, select_tokens, selec
 __all__ = [
     "TokenSelection",
     "extract_tokens",
+    "extract_tokens_packed",
     "gather_tokens",
     "select_tokens",
     "select_tokens_packed",

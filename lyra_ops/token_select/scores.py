@@ -120,6 +120,27 @@ def token_scores_packed(
     Returns (Tk,), or (Hq, Tk) with ``per_head``: bit for bit what `token_scores` gives the samples; 0 for keys that
     belong to none. The reference reads cu_seqlens back from a GPU.
     """
+    options = query_mask, key_mask, key_limits, key_bias, head_weights, scale, causal, lse, per_head
+    return run(*packed_arguments(query, key, cu_seqlens_q, cu_seqlens_k, *options, backend))[0]
+
+
+def packed_arguments(
+    query,
+    key,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    query_mask,
+    key_mask,
+    key_limits,
+    key_bias,
+    head_weights,
+    scale,
+    causal,
+    lse,
+    per_head,
+    backend,
+) -> tuple[str, tuple]:
+    """As `padded_arguments`, of a call of `token_scores_packed`."""
     check_tensor("query", query, shape=("Tq", "Hq", "D"), dtypes=FLOAT_DTYPES)
     rows, heads, dim = query.shape
     check_tensor("key", key, shape=("Tk", "Hkv", dim), dtypes=(query.dtype,), device=query.device)
@@ -144,7 +165,7 @@ def token_scores_packed(
     given = [None if tensor is None else tensor[None] for tensor, *_ in per_token.values()]
     query, key = query.transpose(0, 1)[None], key.transpose(0, 1)[None]
     packed = cu_seqlens_q, cu_seqlens_k
-    return run(*_arguments(query, key, *given, head_weights, scale, causal, per_head, packed, backend))[0]
+    return _arguments(query, key, *given, head_weights, scale, causal, per_head, packed, backend)
 
 
 def _arguments(
