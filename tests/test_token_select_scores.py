@@ -433,6 +433,29 @@ def test_many_keys_against_the_blocked_oracle(length: int, dtype: torch.dtype, b
         assert_within_reference_error(got, logits.softmax(-1).mean((1, 2)), exact)
 
 
+@on_each_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_kept_is_what_exact_scores_keep(dtype: torch.dtype, backend: str):
+    query, key, _ = sample(40, 5000, batch=1, dim=16)
+    query, key = 3 * query.to(dtype), key.to(dtype)
+    scores, exact = lyra_ops.token_scores(query, key, backend=backend), blocked_scores(query, key)
+    everything = torch.ones(1, 5000, dtype=torch.bool)
+    kept, best = (lyra_ops.select_tokens(s, everything, keep=0.5, backend=backend).mask for s in (scores, exact))
+    differ = kept != best
+    distance = (exact - exact[best].min()).abs()  # to the last that stays
+    assert (distance[differ] <= 2 * (scores - exact).abs().max()).all()
+    assert differ.sum() <= 2
+
+
+@on_each_backend
+def test_a_constant_on_all_logits_changes_nothing(backend: str):
+    query, key, options = sample(20, 300)
+    query, key, shift = query.float(), key.float(), {"key_bias": torch.full((2, 300), 40.0)}
+    got = lyra_ops.token_scores(query, key, backend=backend, **shift, **options)
+    plain = formula(query, key, dtype=np.float32, **shift, **options)
+    assert_within_reference_error(got, plain, formula(query, key, **options))
+
+
 def test_the_blocked_oracle_is_the_formula():
     query, key, _ = sample(7, 50)
     for causal in (False, True):
