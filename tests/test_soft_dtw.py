@@ -499,11 +499,57 @@ def test_lengths_may_be_a_list_strided_or_int32(backend: str) -> None:
         assert torch.equal(soft_dtw_from_cost(cost, lengths, backend=backend), want)
 
 
-def test_gradient_checkpointing() -> None:
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant: bool) -> None:
     x, y = random(2, 6, 4).requires_grad_(), random(2, 5, 4, seed=1)
-    (want,) = torch.autograd.grad(soft_dtw(x, y).sum(), x)
-    (got,) = torch.autograd.grad(checkpoint(soft_dtw, x, y, use_reentrant=False).sum(), x)
-    assert torch.equal(got, want)
+    cost = random(2, 6, 4).requires_grad_()
+    for function, *inputs in ((soft_dtw, x, y), (soft_dtw_from_cost, cost)):
+        (want,) = torch.autograd.grad(function(*inputs).sum(), inputs[0])
+        value = checkpoint(function, *inputs, use_reentrant=reentrant)
+        inputs[0].grad = None
+        value.sum().backward()
+        assert torch.equal(inputs[0].grad, want)
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_retained_graph_gives_gradients_again_and_leaves_those_alone_that_it_gave(backend: str, bits: int) -> None:
+    cost = random(3, 6, 5).to(device_of(backend)).requires_grad_()
+    gamma, drop = (
+        torch.full((3,), 0.5, device=cost.device).double(),
+        torch.full((3, 6), 0.7, device=cost.device).double(),
+    )
+    sources = cost, gamma.requires_grad_(), drop.requires_grad_()
+    value = soft_dtw_from_cost(cost, gamma=gamma, drop_cost=drop, bits=bits, backend=backend)
+    weights = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64, device=cost.device)
+    first = torch.autograd.grad(value, sources, weights, retain_graph=True)
+    kept = [g.clone() for g in first]
+    again = torch.autograd.grad(value, sources, weights, retain_graph=True)
+    others = torch.autograd.grad(value, sources, 3 * weights, create_graph=True)
+    last = torch.autograd.grad(value, sources, torch.zeros_like(weights))
+    for one, before, two, other, zero in zip(first, kept, again, others, last):
+        assert torch.equal(one, before)
+        torch.testing.assert_close(two, one, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(other, 3 * one, rtol=1e-12, atol=1e-14)
+        assert (zero == 0).all()
+
+
+def test_many_upstream_gradients_in_one_call() -> None:
+    cost = random(3, 6, 5).requires_grad_()
+    value = soft_dtw_from_cost(cost)
+    upstream = random(4, 3)
+    got = torch.autograd.grad(value, cost, upstream, is_grads_batched=True, retain_graph=True)[0]
+    for one, weights in zip(got, upstream):
+        assert torch.equal(one, torch.autograd.grad(value, cost, weights, retain_graph=True)[0])
+
+
+def test_a_cost_that_was_changed_before_backward_is_noticed() -> None:
+    leaf = random(2, 6, 5).requires_grad_()
+    cost = leaf * 1
+    value = soft_dtw_from_cost(cost)
+    cost.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.sum().backward()
 
 
 def cost_of(*shape: int, **kwargs) -> Tensor:

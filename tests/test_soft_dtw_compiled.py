@@ -298,6 +298,46 @@ def test_backward_keeps_a_few_bytes_per_cell_of_the_band(bits: int, dropping: bo
     assert torch.autograd.grad(value.sum(), cost)[0].isfinite().all()
 
 
+def test_without_a_band_the_gradient_is_kept_instead_of_shares() -> None:
+    cost = random(3, 300, 64, dtype=torch.float32).requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        value = soft_dtw_from_cost(cost, backend="cpu")
+    assert sum(t.nbytes for t in kept if t.data_ptr() != cost.data_ptr()) <= cost.nbytes + 100
+    (gradient,) = torch.autograd.grad(value.sum(), cost)
+    assert gradient.data_ptr() in [t.data_ptr() for t in kept]  # turned into the result where it lay
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dropping", [False, True])
+@pytest.mark.parametrize("band", [-1, 3, "windows"])
+@pytest.mark.parametrize("batch", [5, 1])  # threads share the batch, or the pair
+def test_forward_and_backward_at_once_are_those_two(batch: int, band: int | str, dropping: bool, dtype) -> None:
+    n, m = 41, 23
+    lengths, drop, low, high = ragged(batch, n, m), None, None, None
+    cost = poisoned(random(batch, n, m).to(dtype), *lengths)
+    cost[0, 1, 1] = 1e30  # a pair that needs wider exponents
+    if batch > 1:
+        cost[1, 0] = math.inf
+        cost[2, 0, 0] = math.nan
+    if dropping:
+        drop = random(batch, n, seed=1).abs().to(dtype)
+    if band == "windows":
+        band, low = -1, (torch.arange(n) * m // n - 4).expand(batch, n).contiguous()
+        high = low + 9
+    gammas = torch.linspace(0.2, 1, batch)
+    for store in (64,) if dtype == torch.float64 else (16, 8):
+        value, probs = torch.ops.lyra.soft_dtw_forward(cost, *lengths, 1.0, gammas, band, low, high, drop, store)
+        rest = *lengths, n, m, band, low, high, dropping, False, True
+        want = value, *torch.ops.lyra.soft_dtw_backward(torch.ones_like(value), value, probs, *rest)
+        arguments = cost, *lengths, 1.0, gammas, band, low, high, drop, store, True
+        for a, b in zip(torch.ops.lyra.soft_dtw_gradient(*arguments), want, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+        torch.library.opcheck(torch.ops.lyra.soft_dtw_gradient, arguments, test_utils="test_faketensor")
+    with pytest.raises(RuntimeError, match="store: got 0"):
+        torch.ops.lyra.soft_dtw_gradient(*arguments[:-2], 0, True)
+
+
 @pytest.mark.parametrize("batch", [40, 1])  # threads share the batch, or the pair
 def test_threads_change_nothing(batch: int) -> None:
     cost, lengths = random(batch, 150, 70).float(), ragged(batch, 150, 70)

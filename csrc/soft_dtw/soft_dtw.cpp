@@ -13,6 +13,9 @@
 // store and dropping alone, since another device cannot read the lengths; a band bounds it by about 8 N (w + 5) + 64 M
 // bytes. What no pair needs is not written.
 //
+// Gradient.  Forward and, pair by pair, at once backward for grad_value = 1, so that the shares never leave the cache
+// and take no memory but a thread's own: faster than the two, for who wants the gradient anyhow.
+//
 // Backward.  E_ij = share of E from the three successors, E_{n-1,m-1} = 1; grad_cost = grad_value E. A pure sum of
 // products of numbers >= 0. Gradients outside the pair and the band are exactly 0. Without a path (value +inf) all are
 // 0; value NaN makes those inside the pair and the band NaN.
@@ -45,6 +48,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lyra, m) {
       "soft_dtw_backward(Tensor grad_value, Tensor value, Tensor probs, Tensor x_lengths, Tensor y_lengths,"
       " SymInt rows, SymInt columns, int band, Tensor? low, Tensor? high, bool dropping, bool hard, bool with_entropy)"
       " -> (Tensor grad_cost, Tensor grad_drop, Tensor entropy)");
+  m.def(
+      "soft_dtw_gradient(Tensor cost, Tensor x_lengths, Tensor y_lengths, float gamma, Tensor? gammas, int band,"
+      " Tensor? low, Tensor? high, Tensor? drop, int store, bool with_entropy)"
+      " -> (Tensor value, Tensor grad_cost, Tensor grad_drop, Tensor entropy)");
   m.def(
       "soft_dtw_curvature(Tensor grad_value, Tensor value, Tensor probs, Tensor x_lengths, Tensor y_lengths,"
       " float gamma, Tensor? gammas, int band, Tensor? low, Tensor? high, bool dropping, Tensor along,"
@@ -82,11 +89,13 @@ LYRA_FORWARD(double, Hard<double>)
 #define LYRA_BACKWARD(S)                                                                                           \
   LYRA_SIMD double backward_some(const Backward<S>& f, const Stripe& s, Vec<S>* frontier, const uint8_t* from,     \
                                  const Vec<S>& sent, Progress* progress) {                                         \
-    return backward_stripe<false>(f, s, frontier, from, sent, progress);                                           \
+    return f.with_entropy ? backward_stripe<false, true>(f, s, frontier, from, sent, progress)                     \
+                          : backward_stripe<false, false>(f, s, frontier, from, sent, progress);                   \
   }                                                                                                                \
   LYRA_SIMD double backward_dropping(const Backward<S>& f, const Stripe& s, Vec<S>* frontier, const uint8_t* from, \
                                      const Vec<S>& sent, Progress* progress) {                                     \
-    return backward_stripe<true>(f, s, frontier, from, sent, progress);                                            \
+    return f.with_entropy ? backward_stripe<true, true>(f, s, frontier, from, sent, progress)                      \
+                          : backward_stripe<true, false>(f, s, frontier, from, sent, progress);                    \
   }
 LYRA_BACKWARD(float)
 LYRA_BACKWARD(double)
@@ -114,23 +123,49 @@ struct Plan {
   std::vector<Stripe> stripes;
   std::vector<int64_t> offset;
 
-  Plan(const Pair& pair, int64_t bytes) {
-    int64_t at = 0;
+  int64_t bytes = 0;  // of all
+
+  Plan(const Pair& pair, int64_t record) {
     for (int64_t row = 0; row < pair.n; row += kLanes) {
       stripes.emplace_back(pair, row);
-      offset.push_back(at);
-      at += stripes.back().steps() * bytes;
+      offset.push_back(bytes);
+      bytes += stripes.back().steps() * record;
     }
   }
   int64_t count() const { return static_cast<int64_t>(stripes.size()); }
 };
 
-// Calls body(k) for k = 0 .. count - 1, each begun after the ones before it, in as many threads as there are.
+// Memory of one thread, which it uses again for each of its pairs, so that it stays in the cache.
+class Workspace {
+ public:
+  Workspace() = default;
+  ~Workspace() { ::operator delete(data_, kLine); }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  uint8_t* bytes(int64_t size) {
+    if (size > size_) {
+      ::operator delete(data_, kLine);
+      data_ = nullptr;
+      data_ = static_cast<uint8_t*>(::operator new(size, kLine));
+      size_ = size;
+    }
+    return data_;
+  }
+
+ private:
+  static constexpr std::align_val_t kLine{64};
+  uint8_t* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+// Calls body(k, workspace) for k = 0 .. count - 1, each begun after the ones before it, in as many threads as there
+// are.
 template <typename Body>
 void in_parallel(int64_t count, const Body& body) {
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, count, 1, [&](int64_t, int64_t) {
-    for (int64_t k; (k = next.fetch_add(1)) < count;) body(k);
+    Workspace workspace;
+    for (int64_t k; (k = next.fetch_add(1)) < count;) body(k, workspace);
   });
 }
 
@@ -144,10 +179,9 @@ void clear_around(State* frontier, int64_t first, int64_t last, int64_t begin, i
 
 // Returns whether the cell type could serve the pair; together: all threads work on it.
 template <typename Cell, typename S>
-bool forward_pair(const Forward<S>& f, bool together, S* value) {
+bool forward_by(const Forward<S>& f, const Plan& plan, bool together, S* value) {
   const Cell prototype(f.gamma, f.pair);
   if (!prototype.serves()) return false;
-  const Plan plan(f.pair, record_bytes(f.store, f.pair.dropping));
   Buffer<typename Cell::State> buffer(f.pair.m + kMargin, Cell::zero());
   auto* frontier = buffer.data();
   frontier[kReach - 1] = Cell::origin();
@@ -163,7 +197,7 @@ bool forward_pair(const Forward<S>& f, bool together, S* value) {
   };
   if (together && f.pair.low == nullptr) {
     Progress progress(plan.count());
-    in_parallel(plan.count(), [&](int64_t s) { run(s, &progress); });
+    in_parallel(plan.count(), [&](int64_t s, Workspace&) { run(s, &progress); });
   } else {
     for (int64_t s = 0; s < plan.count(); ++s) {
       const Stripe& now = plan.stripes[s];
@@ -182,10 +216,20 @@ bool forward_pair(const Forward<S>& f, bool together, S* value) {
   return true;
 }
 
+template <typename S>
+void forward_pair(const Forward<S>& f, const Plan& plan, bool together, S* value) {
+  if (f.gamma == 0) {
+    forward_by<Hard<S>>(f, plan, together, value);
+  } else if constexpr (sizeof(S) == 8) {
+    forward_by<Double>(f, plan, together, value);
+  } else if (!forward_by<Narrow>(f, plan, together, value)) {
+    forward_by<Wide>(f, plan, together, value);
+  }
+}
+
 // Returns the entropy of the paths, if asked for.
 template <typename S>
-double backward_pair(const Backward<S>& f, bool together) {
-  const Plan plan(f.pair, record_bytes(f.store, f.pair.dropping));
+double backward_pair(const Backward<S>& f, const Plan& plan, bool together) {
   Buffer<Vec<S>> buffer(f.pair.m + kMargin, Vec<S>{});
   auto* frontier = buffer.data();
   const int lane = (f.pair.n - 1) % kLanes;  // of the last cell, which everything comes out of
@@ -200,7 +244,7 @@ double backward_pair(const Backward<S>& f, bool together) {
   };
   if (together && f.pair.low == nullptr) {
     Progress progress(plan.count());
-    in_parallel(plan.count(), [&](int64_t s) { run(plan.count() - 1 - s, &progress); });
+    in_parallel(plan.count(), [&](int64_t s, Workspace&) { run(plan.count() - 1 - s, &progress); });
   } else {
     for (int64_t s = plan.count() - 1; s >= 0; --s) {
       const Stripe& now = plan.stripes[s];
@@ -221,8 +265,7 @@ std::tuple<double, double> curvature_pair(const Curvature<S>& f) {
   const Pair& pair = f.out.pair;
   const int64_t bytes = record_bytes(f.out.store, pair.dropping), each = pair.dropping ? 3 : 2;
   const Plan plan(pair, bytes);
-  const int64_t steps = plan.offset.back() / bytes + plan.stripes.back().steps();
-  Buffer<Vec<S>> rates(steps * each, Vec<S>{});
+  Buffer<Vec<S>> rates(plan.bytes / bytes * each, Vec<S>{});
   const int lane = (pair.n - 1) % kLanes;
   double slope = 0, in_gamma = 0;
   {
@@ -300,22 +343,25 @@ struct Batch {
     const int64_t at = b * rows;
     return {x_lengths[b], y_lengths[b], band, low ? low + at : nullptr, high ? high + at : nullptr, dropping};
   }
+  // Without stripes where a length is bad.
+  Plan plan(int64_t b, int store) const { return Plan(fits(b) ? pair(b) : Pair{}, record_bytes(store, dropping)); }
   int64_t probs_bytes(int store) const { return most_steps(rows, columns, band) * record_bytes(store, dropping); }
 
-  // Calls body(pair's index, together), for long pairs first: in parallel, or, if there are fewer than threads, one
-  // after the other, all threads together.
+  // Calls body(pair's index, together, workspace), for long pairs first: in parallel, or, if there are fewer than
+  // threads, one after the other, all threads together.
   template <typename Body>
   void for_pairs(const Body& body) const {
     const bool together = size < torch::stable::get_num_threads();
     if (together) {
-      for (int64_t b = 0; b < size; ++b) body(b, true);
+      Workspace workspace;
+      for (int64_t b = 0; b < size; ++b) body(b, true, workspace);
       return;
     }
     std::vector<int64_t> order(size);
     std::iota(order.begin(), order.end(), 0);
     const auto cells = [&](int64_t b) { return fits(b) ? x_lengths[b] * y_lengths[b] : 0; };
     std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return cells(a) > cells(b); });
-    in_parallel(size, [&](int64_t k) { body(order[k], false); });
+    in_parallel(size, [&](int64_t k, Workspace& workspace) { body(order[k], false, workspace); });
   }
 };
 
@@ -348,45 +394,66 @@ const S* end_of(const Tensor& t, const S* first) {
   return first + (t.size(0) - 1) * t.stride(0) + (t.size(1) - 1) * t.stride(1) + t.size(2);
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& given, const Tensor& x_lengths, const Tensor& y_lengths, double gamma,
-                                   const OptionalTensor& gammas, int64_t band, const OptionalTensor& low,
-                                   const OptionalTensor& high, const OptionalTensor& drop, int64_t store_as) {
-  check_shape("cost", given, {kAny, kAny, kAny});
-  check_float("cost", given);
-  const Tensor cost = given.stride(2) == 1 ? given : torch::stable::contiguous(given);
-  const Batch batch(cost.size(0), cost.size(1), cost.size(2), x_lengths, y_lengths, band, low, high, drop.has_value());
-  check_gamma(gamma, gammas, batch.size);
-  if (drop) {
+// The arguments of a forward pass, checked.
+struct Given {
+  Tensor cost;
+  Batch batch;
+  double gamma;
+  const OptionalTensor &gammas, &drop;
+  int store;
+
+  Given(const Tensor& given, const Tensor& x_lengths, const Tensor& y_lengths, double gamma,
+        const OptionalTensor& gammas, int64_t band, const OptionalTensor& low, const OptionalTensor& high,
+        const OptionalTensor& drop, int64_t store_as)
+      : cost(checked(given)),
+        batch(cost.size(0), cost.size(1), cost.size(2), x_lengths, y_lengths, band, low, high, drop.has_value()),
+        gamma(gamma),
+        gammas(gammas),
+        drop(drop),
+        store(checked_store(store_as, cost.scalar_type())) {
+    check_gamma(gamma, gammas, batch.size);
+    if (!drop) return;
     check_shape("drop", *drop, {batch.size, batch.rows});
     check_dtype("drop", *drop, cost.scalar_type());
     check_contiguous("drop", *drop);
   }
-  const int store = checked_store(store_as, cost.scalar_type());
+
+  static Tensor checked(const Tensor& cost) {
+    check_shape("cost", cost, {kAny, kAny, kAny});
+    check_float("cost", cost);
+    return cost.stride(2) == 1 ? cost : torch::stable::contiguous(cost);
+  }
+
+  // Writes the pair's value and, unless null, its records; NaN and no records where length or gamma is bad.
+  template <typename S>
+  void align(int64_t b, const Plan& plan, bool together, uint8_t* records, S* value) const {
+    *value = std::numeric_limits<S>::quiet_NaN();
+    const double own = gamma_of(gamma, gammas, b);
+    if (!batch.fits(b) || std::isnan(own)) return;
+    const S* first = cost.const_data_ptr<S>();
+    forward_pair(Forward<S>{batch.pair(b),
+                            {first + b * cost.stride(0), cost.stride(1), first, end_of(cost, first)},
+                            drop ? drop->const_data_ptr<S>() + b * batch.rows : nullptr,
+                            records,
+                            store,
+                            own},
+                 plan, together, value);
+  }
+};
+
+std::tuple<Tensor, Tensor> forward(const Tensor& cost, const Tensor& x_lengths, const Tensor& y_lengths, double gamma,
+                                   const OptionalTensor& gammas, int64_t band, const OptionalTensor& low,
+                                   const OptionalTensor& high, const OptionalTensor& drop, int64_t store_as) {
+  const Given given(cost, x_lengths, y_lengths, gamma, gammas, band, low, high, drop, store_as);
+  const Batch& batch = given.batch;
+  const int store = given.store;
   Tensor value = torch::stable::new_empty(cost, {batch.size});
   Tensor probs = torch::stable::new_empty(cost, {batch.size, batch.probs_bytes(store)}, ScalarType::Byte);
   prefer_large_pages(probs);
   const auto go = [&]<typename S>(S) {
-    const S* first = cost.const_data_ptr<S>();
-    const S* end = end_of(cost, first);
-    S* values = value.mutable_data_ptr<S>();
-    uint8_t* records = store == 0 ? nullptr : probs.mutable_data_ptr<uint8_t>();
-    batch.for_pairs([&](int64_t b, bool together) {
-      values[b] = std::numeric_limits<S>::quiet_NaN();
-      const double own = gamma_of(gamma, gammas, b);
-      if (!batch.fits(b) || std::isnan(own)) return;
-      const Forward<S> f{batch.pair(b),
-                         {first + b * cost.stride(0), cost.stride(1), first, end},
-                         drop ? drop->const_data_ptr<S>() + b * batch.rows : nullptr,
-                         records == nullptr ? nullptr : records + b * probs.size(1),
-                         store,
-                         own};
-      if (own == 0) {
-        forward_pair<Hard<S>>(f, together, values + b);
-      } else if constexpr (sizeof(S) == 8) {
-        forward_pair<Double>(f, together, values + b);
-      } else if (!forward_pair<Narrow>(f, together, values + b)) {
-        forward_pair<Wide>(f, together, values + b);
-      }
+    batch.for_pairs([&](int64_t b, bool together, Workspace&) {
+      uint8_t* records = store == 0 ? nullptr : probs.mutable_data_ptr<uint8_t>() + b * probs.size(1);
+      given.align(b, batch.plan(b, store), together, records, value.mutable_data_ptr<S>() + b);
     });
   };
   cost.scalar_type() == ScalarType::Float ? go(float{}) : go(double{});
@@ -447,22 +514,52 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_value, const Tens
   auto [grad_cost, grad_drop] = new_gradients(value, batch);
   Tensor entropy = torch::stable::new_empty(value, {with_entropy ? batch.size : 0});
   const auto go = [&]<typename S>(S) {
-    batch.for_pairs([&](int64_t b, bool together) {
-      Backward<S> f{batch.pair(b),
-                    grad_cost.mutable_data_ptr<S>() + b * rows * columns,
-                    columns,
-                    dropping ? grad_drop.mutable_data_ptr<S>() + b * rows : nullptr,
-                    grad_value.const_data_ptr<S>()[b * grad_value.stride(0)],
-                    probs.const_data_ptr<uint8_t>() + b * probs.size(1),
-                    store,
-                    with_entropy};
+    batch.for_pairs([&](int64_t b, bool together, Workspace&) {
+      const Backward<S> f{batch.pair(b),
+                          grad_cost.mutable_data_ptr<S>() + b * rows * columns,
+                          columns,
+                          dropping ? grad_drop.mutable_data_ptr<S>() + b * rows : nullptr,
+                          grad_value.const_data_ptr<S>()[b * grad_value.stride(0)],
+                          probs.const_data_ptr<uint8_t>() + b * probs.size(1),
+                          store,
+                          with_entropy};
       const S* own = value.const_data_ptr<S>() + b;
-      const double bits = fill_around(f, batch, b, *own) ? backward_pair(f, together) : no_number(*own);
+      const bool swept = fill_around(f, batch, b, *own);
+      const double bits = swept ? backward_pair(f, batch.plan(b, store), together) : no_number(*own);
       if (with_entropy) entropy.mutable_data_ptr<S>()[b] = static_cast<S>(bits);
     });
   };
   value.scalar_type() == ScalarType::Float ? go(float{}) : go(double{});
   return {grad_cost, grad_drop, entropy};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> gradient(const Tensor& cost, const Tensor& x_lengths,
+                                                    const Tensor& y_lengths, double gamma, const OptionalTensor& gammas,
+                                                    int64_t band, const OptionalTensor& low, const OptionalTensor& high,
+                                                    const OptionalTensor& drop, int64_t store_as, bool with_entropy) {
+  check(store_as != 0, "store: got 0, expected 16 or 8 for float32 and 64 for float64");
+  const Given given(cost, x_lengths, y_lengths, gamma, gammas, band, low, high, drop, store_as);
+  const Batch& batch = given.batch;
+  const int store = given.store;
+  Tensor value = torch::stable::new_empty(cost, {batch.size});
+  auto [grad_cost, grad_drop] = new_gradients(cost, batch);
+  Tensor entropy = torch::stable::new_empty(cost, {with_entropy ? batch.size : 0});
+  const auto go = [&]<typename S>(S) {
+    batch.for_pairs([&](int64_t b, bool together, Workspace& workspace) {
+      const Plan plan = batch.plan(b, store);
+      uint8_t* const records = workspace.bytes(plan.bytes);
+      S* const own = value.mutable_data_ptr<S>() + b;
+      given.align(b, plan, together, records, own);
+      const Backward<S> f{batch.pair(b), grad_cost.mutable_data_ptr<S>() + b * batch.rows * batch.columns,
+                          batch.columns, batch.dropping ? grad_drop.mutable_data_ptr<S>() + b * batch.rows : nullptr,
+                          S(1),          records,
+                          store,         with_entropy};
+      const double bits = fill_around(f, batch, b, *own) ? backward_pair(f, plan, together) : no_number(*own);
+      if (with_entropy) entropy.mutable_data_ptr<S>()[b] = static_cast<S>(bits);
+    });
+  };
+  cost.scalar_type() == ScalarType::Float ? go(float{}) : go(double{});
+  return {value, grad_cost, grad_drop, entropy};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> curvature(const Tensor& grad_value, const Tensor& value, const Tensor& probs,
@@ -500,7 +597,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> curvature(const Tensor& grad_value, c
   Tensor grad_gamma = torch::stable::new_empty(value, {batch.size});
   const auto go = [&]<typename S>(S) {
     const S* first = along.const_data_ptr<S>();
-    batch.for_pairs([&](int64_t b, bool) {
+    batch.for_pairs([&](int64_t b, bool, Workspace&) {
       const double own = gamma_of(gamma, gammas, b);
       const S grad = grad_value.const_data_ptr<S>()[b * grad_value.stride(0)];
       const Curvature<S> f{{batch.pair(b), grad_cost.mutable_data_ptr<S>() + b * batch.rows * batch.columns,
@@ -528,5 +625,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> curvature(const Tensor& grad_value, c
 STABLE_TORCH_LIBRARY_IMPL(lyra, CPU, m) {
   m.impl("soft_dtw_forward", TORCH_BOX(&lyra::forward));
   m.impl("soft_dtw_backward", TORCH_BOX(&lyra::backward));
+  m.impl("soft_dtw_gradient", TORCH_BOX(&lyra::gradient));
   m.impl("soft_dtw_curvature", TORCH_BOX(&lyra::curvature));
 }

@@ -81,7 +81,8 @@ LYRA_INLINE V most(V a, V b) {
   return a > b ? a : b;
 }
 
-// a b + c, rounded once on every CPU; where there is no such instruction, slowly.
+// a b + c, rounded once on every CPU; where there is no such instruction, slowly. To be had only where gcc makes one
+// instruction of it: with a c that is handed from step to step it makes eight.
 LYRA_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
   const auto lane = [&](int l) __attribute__((always_inline)) { return __builtin_fmaf(a[l], b[l], c[l]); };
   return Vec<float>{lane(0), lane(1), lane(2), lane(3), lane(4), lane(5), lane(6), lane(7)};
@@ -650,6 +651,11 @@ LYRA_INLINE void store_tile(const Backward<S>& f, const Stripe& stripe, int64_t 
   transpose(tile);
   const int64_t lanes = std::min<int64_t>(kLanes, f.pair.n - stripe.row);
   S* to = f.grad_cost + stripe.row * f.columns + step;
+  // The same tile of the next stripe, which would wait for memory to be read that it only writes. It may lie outside.
+  auto next = reinterpret_cast<uintptr_t>(to) - kLanes * f.columns * sizeof(S);
+  for (int l = 0; l < kLanes; ++l, next += (f.columns - kSkew) * sizeof(S)) {
+    __builtin_prefetch(reinterpret_cast<const void*>(next), 1);
+  }
   if (step >= kReach - 1 && step + kLanes <= f.columns) {
     for (int l = 0; l < lanes; ++l, to += f.columns - kSkew) store(to, f.grad * tile[l]);
     return;
@@ -679,7 +685,9 @@ LYRA_INLINE void finish_rows(const Backward<S>& f, const Stripe& stripe, Vec<S> 
 
 LYRA_INLINE double entropy_of(double p) { return p > 0 ? -p * std::log(p) : 0.0; }
 
-template <bool kDropping, typename S>
+// kEntropy: whether the entropy of the paths is summed up, in a loop of its own kind, since the calls of log would put
+// what one step hands to the next into memory.
+template <bool kDropping, bool kEntropy, typename S>
 LYRA_INLINE double backward_stripe(const Backward<S>& f, const Stripe& stripe, Vec<S>* frontier, const uint8_t* records,
                                    Vec<S> sent_before, Progress* progress) {
   const int64_t tiles = (stripe.steps() + kLanes - 1) / kLanes, bytes = record_bytes(f.store, kDropping);
@@ -702,7 +710,7 @@ LYRA_INLINE double backward_stripe(const Backward<S>& f, const Stripe& stripe, V
       const Vec<S> ended = pulled(sent_before, frontier[step + kTaken]);
       Vec<S> here;
       if constexpr (kDropping) {
-        here = fma(ended, share.keep, to_left);
+        here = ended * share.keep + to_left;
       } else {
         here = ended + to_left;
       }
@@ -710,7 +718,7 @@ LYRA_INLINE double backward_stripe(const Backward<S>& f, const Stripe& stripe, V
       const Vec<S> units = here * unit, left = share.left * unit;
       to_left = here * left;  // the dependent chain
       sent_before = sent;
-      sent = fma(units, share.up, to_diagonal);
+      sent = units * share.up + to_diagonal;
       to_diagonal = units * share.diagonal;
       if constexpr (kDropping) {
         const Vec<S> drop = ended * (1 - share.keep);
@@ -718,7 +726,7 @@ LYRA_INLINE double backward_stripe(const Backward<S>& f, const Stripe& stripe, V
         dropped += drop;
       }
       frontier[step + kBelow] = sent;
-      if (f.with_entropy) {
+      if constexpr (kEntropy) {
         for (int l = 0; l < kLanes; ++l) {
           entropy += here[l] * (entropy_of(unit * share.diagonal[l]) + entropy_of(unit * share.up[l]) +
                                 entropy_of(unit * share.left[l]));

@@ -138,6 +138,8 @@ def soft_dtw_alignment(
         cost = cost if cost.requires_grad else cost.detach().requires_grad_()
         return torch.autograd.grad(_run(backend, cost, arguments).sum(), cost, create_graph=True)[0]
     sources, problem, options, store = _raw(cost, arguments)
+    if backend == "cpu":
+        return _with_gradient(*sources, *problem, *options, store)[1]
     value, probs = _forward(*sources, *problem, *options, store)
     return _backward(torch.ones_like(value), *sources, *problem, value, probs, *options)[0]
 
@@ -255,7 +257,9 @@ def _run(backend: str, cost: Tensor, arguments: _Arguments) -> Tensor:
         return reference.soft_dtw(cost, *arguments[:5])
     sources, problem, options, store = _raw(cost, arguments)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in sources):
-        return _SoftDTW.apply(*sources, *problem, *options, store)
+        # The gradient takes 4 bytes a cell, as 16-bit shares do; those of a band and of 8 bits take less.
+        at_once = backend == "cpu" and options[1] < 0 and store != 8 and not torch.compiler.is_compiling()
+        return (_SoftDTWAtOnce if at_once else _SoftDTW).apply(*sources, *problem, *options, store)
     return _forward(*sources, *problem, *options, 0)[0]
 
 
@@ -311,6 +315,25 @@ def _backward(
     )
 
 
+def _with_gradient(
+    cost: Tensor,
+    gammas: Tensor | None,
+    drop: Tensor | None,
+    x_lengths: Tensor,
+    y_lengths: Tensor,
+    low: Tensor | None,
+    high: Tensor | None,
+    gamma: float,
+    band: int,
+    store: int,
+    with_entropy: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`_forward` and, for a grad_value of ones, `_backward`; on a CPU."""
+    return torch.ops.lyra.soft_dtw_gradient(
+        cost, x_lengths, y_lengths, gamma, gammas, band, low, high, drop, store, with_entropy
+    )
+
+
 class _SoftDTW(torch.autograd.Function):
     @staticmethod
     def forward(ctx, cost, gammas, drop, x_lengths, y_lengths, low, high, gamma, band, store) -> Tensor:
@@ -325,6 +348,42 @@ class _SoftDTW(torch.autograd.Function):
         if torch.is_grad_enabled():
             return *_Gradient.apply(*arguments), *[None] * 7
         return *_gradients(*arguments, of_gamma=ctx.needs_input_grad[1]), *[None] * 7
+
+
+class _SoftDTWAtOnce(torch.autograd.Function):
+    """Keeps, instead of shares, the gradient, worked out pair by pair while the shares are in the cache.
+
+    Backward turns it, where it lies, into its result, since new memory takes longer to get than to fill. Whoever
+    then wants the gradient again (of a retained graph), or another derivative, waits for shares to be made after all.
+    """
+
+    @staticmethod
+    def forward(ctx, cost, gammas, drop, x_lengths, y_lengths, low, high, gamma, band, store) -> Tensor:
+        arguments = cost, gammas, drop, x_lengths, y_lengths, low, high, gamma, band, store
+        value, *gradients = _with_gradient(*arguments, ctx.needs_input_grad[1])
+        ctx.save_for_backward(*arguments[:7], *gradients)
+        ctx.options, ctx.taken = arguments[7:], False
+        return value
+
+    @staticmethod
+    def backward(ctx, grad_value: Tensor) -> tuple[Tensor | None, ...]:
+        *arguments, grad_cost, grad_drop, entropy = ctx.saved_tensors
+        gamma, band, store = ctx.options
+        if ctx.taken or torch.is_grad_enabled():
+            with torch.no_grad():
+                kept = _forward(*arguments, gamma, band, store)
+            arguments = grad_value, *arguments, *kept, gamma, band
+            if torch.is_grad_enabled():
+                return *_Gradient.apply(*arguments), *[None] * 7
+            return *_gradients(*arguments, of_gamma=ctx.needs_input_grad[1]), *[None] * 7
+        _, gammas, drop, *_ = arguments
+        if torch._C._has_storage(grad_value):
+            ctx.taken = True
+            grad_cost = grad_cost.data.mul_(grad_value[:, None, None])  # .data: what is saved is not asked for again
+        else:  # of vmap (is_grads_batched): many gradients in one call
+            grad_cost = grad_cost * grad_value[:, None, None]
+        grad_gamma = (-grad_value * entropy).to(gammas.dtype) if ctx.needs_input_grad[1] else None
+        return grad_cost, grad_gamma, None if drop is None else grad_value[:, None] * grad_drop, *[None] * 7
 
 
 def _gradients(grad_value, cost, gammas, drop, *rest, of_gamma: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -418,6 +477,17 @@ def _(grad_value, value, probs, x_lengths, y_lengths, rows, columns, band, low, 
         value.new_empty(batch, rows, columns),
         value.new_empty((batch, rows) if dropping else 0),
         value.new_empty(batch if with_entropy else 0),
+    )
+
+
+@register_fake("soft_dtw_gradient")
+def _(cost, x_lengths, y_lengths, gamma, gammas, band, low, high, drop, store, with_entropy):
+    batch, rows, _ = cost.shape
+    return (
+        cost.new_empty(batch),
+        cost.new_empty(cost.shape),
+        cost.new_empty((batch, rows) if drop is not None else 0),
+        cost.new_empty(batch if with_entropy else 0),
     )
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lyra_ops.soft_dtw import _Arguments, _backward, _forward, _raw, _run, reference
+from lyra_ops.soft_dtw import _Arguments, _forward, _raw, _run, _with_gradient, reference
 
 BLOCK_BYTES = 4 << 20  # of costs
 ROWS = 256  # of x in one product
@@ -167,12 +167,11 @@ def _aligned(x, y, gammas, drop, problem, options, store, metric, of_gamma):
             if metric.kind == "contrastive":
                 costs = costs.log_softmax(dim=-1).neg_()
             tensors = [None if t is None else t[part] for t in (gammas, drop, *problem)]
-            value, probs = _forward(costs, *tensors, *options, store)
             if not store:
+                value, _ = _forward(costs, *tensors, *options, 0)
                 found.append((value, value[:0], value[:0]))
                 continue
-            ones = torch.ones_like(value)
-            grad, dropped, entropy = _backward(ones, costs, *tensors, value, probs, *options, of_gamma)
+            value, grad, dropped, entropy = _with_gradient(costs, *tensors, *options, store, of_gamma)
             found.append((value, dropped, entropy))
             if metric.kind == "contrastive":  # softmax_ij sum_k E_ik - E_ij, over temperature
                 grad = costs.neg_().exp_().mul_(grad.sum(2, keepdim=True)).sub_(grad)
