@@ -6,7 +6,7 @@ import importlib.util
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 FLAGS = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
 
 Build = Callable[..., ModuleType]
+Switch = tuple[Path, int, int, str]
 
 
 @pytest.fixture(scope="session")
@@ -41,29 +42,48 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
     return build
 
 
-@pytest.fixture(scope="session")
-def build_with_switches(build: Build, tmp_path_factory: pytest.TempPathFactory) -> Build:
-    """build_with_switches(source, header, places): one build for all mutants of a header.
+SWITCHES = """#pragma once
+#include <cstdlib>
+namespace lyra {
+inline bool without(int n) {
+  const char* given = std::getenv("LYRA_WITHOUT");
+  return given && std::atoi(given) == n;
+}
+inline int own_value(int value) { return value; }
+}
+"""
 
-    It leaves out the statement at places[n] of the header's text while the environment's LYRA_WITHOUT is n.
+
+@pytest.fixture(scope="session")
+def build_switched(build: Build, tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """build_switched(source, switches): one build for all mutants of an op's headers.
+
+    A switch (header, start, end, text) puts text in place of header's text[start:end]; in it WITHOUT is true while the
+    environment's LYRA_WITHOUT is the number of the switch.
     """
 
-    def build_with_switches(source: str, header: Path, places: list[int]) -> ModuleType:
-        op, text = header.parent.name, header.read_text()
-        for n, at in reversed(list(enumerate(places))):
-            text = text[:at] + f"if (!without({n})) " + text[at:]
-        helper = f"""#include <cstdlib>
-        namespace lyra::{op} {{
-        inline bool without(int n) {{
-          const char* given = std::getenv("LYRA_WITHOUT");
-          return given && std::atoi(given) == n;
-        }}
-        }}
-        """
+    def build_switched(source: str, switches: Sequence[Switch]) -> ModuleType:
+        op = switches[0][0].parent
         folder = tmp_path_factory.mktemp("switches")
-        shutil.copytree(header.parent, folder / op)
-        (folder / op / header.name).write_text(helper + text)
+        shutil.copytree(op, folder / op.name)
+        (folder / op.name / "switches.h").write_text(SWITCHES)
+        for header in {header for header, *_ in switches}:
+            text = header.read_text()
+            numbered = [(*span, n) for n, (where, *span) in enumerate(switches) if where == header]
+            for start, end, instead, n in sorted(numbered, reverse=True):
+                text = text[:start] + instead.replace("WITHOUT", f"without({n})") + text[end:]
+            (folder / op.name / header.name).write_text('#include "switches.h"\n' + text)
         return build(source, first=folder)
+
+    return build_switched
+
+
+@pytest.fixture(scope="session")
+def build_with_switches(build_switched: Build) -> Build:
+    """build_with_switches(source, header, places): a switch leaves out the statement at that place of the header."""
+
+    def build_with_switches(source: str, header: Path, places: list[int]) -> ModuleType:
+        return build_switched(source, [(header, at, at, "if (!WITHOUT) ") for at in places])
 
     return build_with_switches
 

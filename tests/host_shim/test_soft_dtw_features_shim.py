@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from barriers import assert_needed, barriers
 from soft_dtw_oracles import ragged, random
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -21,14 +21,14 @@ from lyra_ops import _loader
 from lyra_ops.soft_dtw import _check, features_cuda, reference
 from lyra_ops.testing import assert_within_reference_error
 
-KERNELS = Path(__file__).parents[2] / "csrc" / "soft_dtw" / "features.cuh"
+GUARDS = barriers(Path(__file__).parents[2] / "csrc" / "soft_dtw" / "features.cuh")
 ORDERS = {"forward": ("forward", 0, 0), "reverse": ("reverse", 0, 1), "shuffled": ("shuffled", 1, 4)}
 TAU = 0.5
 
 
 @pytest.fixture(scope="module")
-def kernels(build) -> ModuleType:
-    return build("soft_dtw_features.cpp")
+def kernels(build_switched) -> ModuleType:
+    return build_switched("soft_dtw_features.cpp", list(GUARDS.values()))
 
 
 @dataclass(frozen=True)
@@ -411,31 +411,16 @@ def test_the_face_compiles_to_one_graph(raw_ops, dynamic: bool) -> None:
         assert torch.equal(ours.grad, theirs.grad)
 
 
-GUARDS = [m.start() for m in re.finditer(r"(__syncthreads\(\)|wait_for_copies<[^>]+>\(\));", KERNELS.read_text())]
-
-
-@pytest.fixture(scope="module")
-def mutant(build_with_switches) -> ModuleType:
-    return build_with_switches("soft_dtw_features.cpp", KERNELS, GUARDS)
-
-
 def test_there_are_guards_to_take_out() -> None:
-    assert len(GUARDS) == 10
+    assert len(GUARDS) == 11
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("guard", range(len(GUARDS)))
-def test_every_guard_is_needed(mutant: ModuleType, monkeypatch: pytest.MonkeyPatch, guard: int) -> None:
-    monkeypatch.setenv("LYRA_WITHOUT", str(guard))
-    with pytest.raises((AssertionError, RuntimeError)):
-        for check in CHECKS.values():
-            for order in ORDERS.values():
-                mutant.configure(*order)
-                check(mutant)
+@pytest.mark.parametrize("number", range(len(GUARDS)), ids=GUARDS)
+def test_every_guard_is_needed(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def run(check: Callable[[ModuleType], None], order: tuple) -> None:
+        kernels.configure(*order)
+        check(kernels)
 
-
-@pytest.mark.slow
-def test_with_all_guards_the_mutant_is_right(mutant: ModuleType) -> None:
-    mutant.configure(*ORDERS["forward"])
-    for check in CHECKS.values():
-        check(mutant)
+    runs = (functools.partial(run, check, order) for check in CHECKS.values() for order in ORDERS.values())
+    assert_needed(number, monkeypatch, runs)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from barriers import assert_needed, barriers
 from soft_dtw_oracles import looped, poisoned, ragged, random
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -33,9 +33,31 @@ ORDERS = {
 BARS = {16: 1e-4, 8: 1e-2}
 
 
+def guard(file: str, text: str, instead: str) -> tuple[Path, int, int, str]:
+    source = (SOURCES / file).read_text()
+    assert source.count(text) == 1, text
+    start = source.index(text)
+    return SOURCES / file, start, start + len(text), instead
+
+
+# What keeps threads and blocks in order: each barrier, the tickets, the waiting for letters and for other strips' sums.
+HEADERS = [*sorted(SOURCES.glob("*.h")), SOURCES / "soft_dtw.cuh"]
+GUARDS = barriers(*HEADERS) | {
+    "ticket": guard(
+        "sweep.h",
+        "if (threadIdx.x == 0) ticket = atomicAdd(tickets, 1);",
+        "if (WITHOUT) ticket = blockIdx.x; else if (threadIdx.x == 0) ticket = atomicAdd(tickets, 1);",
+    ),
+    "letter": guard("sweep.h", "while (!__all_sync(", "while (!WITHOUT && !__all_sync("),
+    "sum": guard("sweep.h", "while (found == kAbsent)", "while (!WITHOUT && found == kAbsent)"),
+    "absent": guard("soft_dtw.cuh", "slots[k] = kAbsent;", "slots[k] = WITHOUT ? 0 : kAbsent;"),
+    "skew": guard("sweep.h", "left = on_its_way;", "left = WITHOUT ? mine : on_its_way;"),
+}
+
+
 @pytest.fixture(scope="module")
-def kernels(build) -> ModuleType:
-    return build("soft_dtw.cpp")
+def kernels(build_switched) -> ModuleType:
+    return build_switched("soft_dtw.cpp", list(GUARDS.values()))
 
 
 @dataclass
@@ -451,52 +473,12 @@ def test_the_fake_op_knows_how_much_is_kept(kernels: ModuleType, rows: int, colu
         assert probs.shape == kept
 
 
-# What keeps threads and blocks in order: each barrier, the tickets, the waiting for letters and for other strips' sums.
-FILES = {path.name: path.read_text() for path in [*sorted(SOURCES.glob("*.h")), SOURCES / "soft_dtw.cuh"]}
-GUARDS = {
-    "ticket": (
-        "sweep.h",
-        "if (threadIdx.x == 0) ticket = atomicAdd(tickets, 1);",
-        "ticket = (void(tickets), blockIdx.x);",
-    ),
-    "letter": ("sweep.h", "while (!__all_sync(kAllLanes, letter.is_here()))", "if (false)"),
-    "sum": ("sweep.h", "while (found == kAbsent)", "while (false)"),
-    "absent": ("soft_dtw.cuh", "slots[k] = kAbsent;", "slots[k] = 0;"),
-    "skew": (
-        "sweep.h",
-        "diag = left;\n      left = on_its_way;",
-        "diag = left;\n      left = (void(on_its_way), mine);",
-    ),
-}
-
-
-def mutants() -> dict[str, tuple[str, str]]:
-    """{name: (file, its text)}"""
-    made = {}
-    for file, source in FILES.items():
-        for match in re.finditer(r"__sync\w+(?=\()", source):
-            line = source.count("\n", 0, match.start()) + 1
-            rest = source[match.end() :].removeprefix("()")  # f(x) leaves (x)
-            made[f"{match[0]}-{file}-{line}"] = file, source[: match.start()] + rest
-    for name, (file, text, instead) in GUARDS.items():
-        assert FILES[file].count(text) == 1, name
-        made[name] = file, FILES[file].replace(text, instead)
-    return made
-
-
 def test_there_are_guards_to_take_out() -> None:
-    assert sum(name.startswith("__sync") for name in mutants()) == 7
+    assert len(barriers(*HEADERS)) == 7
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", mutants())
-def test_every_guard_is_needed(build, tmp_path: Path, name: str) -> None:
-    (tmp_path / "soft_dtw").mkdir()
-    changed, text = mutants()[name]
-    for file, source in FILES.items():
-        (tmp_path / "soft_dtw" / file).write_text(text if file == changed else source)
-    mutant = build("soft_dtw.cpp", first=tmp_path)
-    with pytest.raises((AssertionError, RuntimeError)):
-        for check in CHECKS.values():
-            for order in ORDERS:
-                check(mutant, order)
+@pytest.mark.parametrize("number", range(len(GUARDS)), ids=GUARDS)
+def test_every_guard_is_needed(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    runs = (functools.partial(check, kernels, order) for check in CHECKS.values() for order in ORDERS)
+    assert_needed(number, monkeypatch, runs)

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from lyra_ops.testing import assert_within_reference_error
 
-HEADER = Path(__file__).parents[2] / "csrc" / "token_select" / "scores.cuh"
-BARRIERS = barriers(HEADER)
+SOURCES = Path(__file__).parents[2] / "csrc" / "token_select"
+BARRIERS = barriers(SOURCES / "scores.cuh", SOURCES / "score_operands.h")
 ORDERS = {"forward": ("forward", 0), "reverse": ("reverse", 0), "shuffled": ("shuffled", 1)}
 
 
 @pytest.fixture(scope="module")
-def kernels(build_with_switches) -> ModuleType:
-    return build_with_switches("token_select_scores.cpp", HEADER, list(BARRIERS.values()))
+def kernels(build_switched) -> ModuleType:
+    return build_switched("token_select_scores.cpp", list(BARRIERS.values()))
 
 
 def run(kernels: ModuleType, case: Case, made: dict, cu: tuple = (None, None), weights: Tensor | None = None) -> tuple:
@@ -135,4 +135,9 @@ def test_there_are_barriers_to_take_out() -> None:
 
 @pytest.mark.parametrize("number", range(len(BARRIERS)), ids=BARRIERS)
 def test_every_barrier_is_needed(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    assert_needed(number, kernels, monkeypatch, CHECKS.values(), ORDERS.values())
+    def run(check: Check, order: tuple[str, int]) -> None:
+        kernels.configure(*order)
+        check(kernels)
+
+    runs = (functools.partial(run, check, order) for check in CHECKS.values() for order in ORDERS.values())
+    assert_needed(number, monkeypatch, runs)
