@@ -12,7 +12,6 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 OPS = [file.parent.name for file in ROOT.glob("lyra_ops/*/reference.py")]
-OUTCOMES = pytest.StashKey[dict[str, Counter]]()
 
 
 @pytest.fixture(autouse=True)
@@ -27,10 +26,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gpu-report", type=Path, help="write the outcomes of the GPU tests per kernel path to this file")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[OUTCOMES] = defaultdict(Counter)
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
@@ -39,30 +34,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
-    report = yield
-    # A test counts once: by its call, or by the set-up that kept it from being called.
-    if item.get_closest_marker("gpu") and (report.when == "call" or (report.when == "setup" and not report.passed)):
-        item.config.stash[OUTCOMES][kernel_path(item)][report.outcome] += 1
-    return report
-
-
-def kernel_path(item: pytest.Item) -> str:
-    """`soft_dtw/cuda`: the op by the test file's name, the backend by the test's name or parameters, or cuda."""
-    name = item.path.stem.removeprefix("test_")
-    op = next((op for op in OPS if name.startswith(op)), name)
-    compiled = (ROOT / "csrc" / op / f"{op}.cu").exists()
-    told = [backend for backend in ("triton", "reference") if backend in item.nodeid]
-    return f"{op}/{(told or ['cuda' if compiled else 'reference'])[0]}"
-
-
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    total = sum(config.stash[OUTCOMES].values(), Counter())
+    outcomes: dict[str, Counter] = defaultdict(Counter)
+    for category in ("passed", "failed", "error", "skipped"):
+        for report in terminalreporter.stats.get(category, ()):
+            # A test counts once: by its call, or by the set-up that kept it from being called.
+            if "gpu" in report.keywords and report.when != "teardown":
+                outcomes[kernel_path(report.nodeid)][report.outcome] += 1
+    total = sum(outcomes.values(), Counter())
     if total:
         told = ", ".join(f"{total[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped"))
         hint = "" if total["passed"] + total["failed"] else " - `make gpu-check` on a GPU machine runs them"
         terminalreporter.write_line(f"GPU TESTS: {told}{hint}")
     if path := config.getoption("gpu_report"):
-        outcomes = {"passed": 0, "failed": 0, "skipped": 0}
-        path.write_text(json.dumps({name: {**outcomes, **count} for name, count in config.stash[OUTCOMES].items()}))
+        none = {"passed": 0, "failed": 0, "skipped": 0}
+        path.write_text(json.dumps({name: {**none, **count} for name, count in outcomes.items()}))
+
+
+def kernel_path(test: str) -> str:
+    """`soft_dtw/cuda`: the op by the test file's name, the backend by the test's name or parameters, or cuda."""
+    name = Path(test.split("::")[0]).stem.removeprefix("test_")
+    op = next((op for op in OPS if name.startswith(op)), name)
+    compiled = (ROOT / "csrc" / op / f"{op}.cu").exists()
+    told = [backend for backend in ("triton", "reference") if backend in test]
+    return f"{op}/{(told or ['cuda' if compiled else 'reference'])[0]}"
