@@ -255,14 +255,16 @@ def _check_capacity(capacity: int, most: int) -> None:
 
 
 def check_fits(lengths: Tensor, capacity: int, layout: str) -> None:
-    needed = lengths.sum().view(1) if layout == "packed" else lengths
-    fits = (needed <= capacity).all()
     if not readable(lengths):
-        torch._assert_async(fits, "capacity: a sample keeps more tokens than that")
-    elif not bool(fits):
-        b = int(needed.argmax())
-        which = "the samples keep" if layout == "packed" else f"sample {b} keeps"
-        raise ValueError(f"capacity: got {capacity}, but {which} {int(needed[b])} tokens")
+        needed = lengths.sum() if layout == "packed" else lengths
+        torch._assert_async((needed <= capacity).all(), "capacity: a sample keeps more tokens than that")
+        return
+    kept = lengths.tolist()
+    kept = [sum(kept)] if layout == "packed" else kept
+    most = max(kept, default=0)
+    if most > capacity:
+        which = "the samples keep" if layout == "packed" else f"sample {kept.index(most)} keeps"
+        raise ValueError(f"capacity: got {capacity}, but {which} {most} tokens")
 
 
 @register_fake("token_select_select")
