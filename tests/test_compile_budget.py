@@ -20,7 +20,7 @@ def budgets() -> dict[tuple[str, str], dict[str, int]]:
     found = {}
     for header in sorted(CSRC.glob("*/*.cuh")):
         for arch, kernels in re.findall(r"budget (sm_\w+): (.+)", header.read_text()):
-            said = {kernel: int(registers) for kernel, registers in re.findall(r"(\w+<[^>]+>|\w+) (\d+)", kernels)}
+            said = {kernel: int(registers) for kernel, registers in re.findall(r"([\w:]+<[^>]+>|\w+) (\d+)", kernels)}
             found.setdefault((str(header.relative_to(CSRC)), arch), {}).update(said)
     return found
 
@@ -48,7 +48,7 @@ def compiled(header: str, arch: str, kernels: list[str], folder: Path) -> dict[s
     told = subprocess.run(["c++filt"], input=told, capture_output=True, text=True, check=True).stdout
     result = {}
     for part in told.split("Compiling entry function")[1:]:
-        kernel = re.search(rf"lyra::{op}::(\w+(?:<[^>]*>)?)\(", part).group(1)
+        kernel = re.search(rf"lyra::{op}::([\w:]+(?:<[^>]*>)?)\(", part).group(1)
         local = [int(x) for x in re.search(r"(\d+) bytes stack frame, (\d+) .*?, (\d+) ", part).groups()]
         result[kernel] = (int(re.search(r"Used (\d+) registers", part).group(1)), sum(local))
     return result

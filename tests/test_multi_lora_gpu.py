@@ -358,3 +358,59 @@ def test_a_training_step_can_be_captured_in_a_graph():
         graph.replay()
         for got, want in zip(captured, run()):
             assert same(got, want)
+
+
+def few_tokens(dtype: torch.dtype, tokens: int, inputs: int = 3584, outputs: int = 3584):
+    g = torch.Generator().manual_seed(tokens)
+
+    def normal(*shape: int) -> Tensor:
+        return (torch.randn(*shape, generator=g) / shape[-1] ** 0.5).to("cuda", dtype)
+
+    bank = lyra_ops.LoraBank.pack({name: (normal(r, inputs), normal(outputs, r), s) for name, (r, s) in RANKS.items()})
+    ids = torch.randint(-1, 3, (tokens,), generator=g).cuda()
+    return normal(tokens, inputs), normal(outputs, inputs), normal(outputs), bank, ids
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 5, 16])
+def test_few_tokens_in_one_launch(tokens, dtype):
+    x, weight, bias, bank, ids = few_tokens(dtype, tokens)
+
+    def run(*, exact: bool = False, backend: str | None = None) -> Tensor:
+        wide = torch.float64 if exact else dtype
+        adapters = zip(bank.names, bank.adapters, bank.scalings)
+        given = lyra_ops.LoraBank.pack({name: (a.to(wide), b.to(wide), s) for name, (a, b), s in adapters})
+        routing = lyra_ops.LoraRouting(ids, given)
+        layer = (x.to(wide), weight.to(wide), given, routing, bias.to(wide))
+        return lyra_ops.multi_lora_linear(*layer, backend=backend)
+
+    with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        got = run(backend="cuda")
+    assert sum("decode_kernel" in event.key for event in profile.key_averages()) == 1
+    assert_within_reference_error(got, run(backend="reference"), run(exact=True, backend="reference"))
+
+
+def test_few_tokens_in_a_graph_alone_and_together():
+    x, weight, bias, bank, ids = few_tokens(BF16, 16)
+    routing = lyra_ops.LoraRouting(ids, bank)
+
+    def run(tokens: slice = slice(None), own: lyra_ops.LoraRouting | None = None) -> Tensor:
+        routing = own or lyra_ops.LoraRouting(ids[tokens], bank)
+        return lyra_ops.multi_lora_linear(x[tokens], weight, bank, routing, bias)
+
+    with torch.no_grad():
+        together = run()
+        for t in range(16):
+            assert same(run(slice(t, t + 1)), together[t : t + 1])
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            run(own=routing)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = run()
+        for fill in (None, 1, -1):
+            ids.copy_(torch.randint(-1, 3, ids.shape) if fill is None else torch.full(ids.shape, fill))
+            for _ in range(20):
+                graph.replay()
+            assert same(captured, run())

@@ -1,6 +1,6 @@
 // The raw ops of multi_lora. Forward, backward and groups of layers are made of them by lyra_ops/multi_lora; what they
-// compute, and what the plan holds, stands in multi_lora.cuh. On a CPU torch's matrix products serve, and few.cpp where
-// an adapter has few tokens.
+// compute stands in routing.h, what the plan holds in plan.cuh. On a CPU torch's matrix products serve, and few.cpp
+// where an adapter has few tokens.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lyra, m) {
@@ -19,4 +19,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lyra, m) {
   m.def(
       "multi_lora_add_outer_(Tensor(a!) out, Tensor h, Tensor z, Tensor table, Tensor scaling, Tensor? weights,"
       " Tensor starts, Tensor pairs, Tensor chunks, Tensor? seed, int drop) -> ()");
+  m.def(
+      "multi_lora_decode(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, Tensor table, Tensor scaling,"
+      " Tensor ids, Tensor? weights, Tensor present, Tensor(a!) counters, int rank) -> Tensor");
 }

@@ -1,7 +1,4 @@
-// Adapters chosen per token, on a GPU: checks, allocation and registration. The schemas stand in multi_lora.cpp, the
-// kernels in multi_lora.cuh.
-#include "multi_lora.cuh"
-
+// Adapters chosen per token, on a GPU: checks, allocation and registration. The schemas stand in multi_lora.cpp.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -9,34 +6,23 @@
 #include <optional>
 #include <tuple>
 
-#include "lyra/check.h"
+#include "checks.h"
+#include "expand.cuh"
 #include "lyra/stream.h"
+#include "outer.cuh"
+#include "plan.cuh"
+#include "shrink.cuh"
 
 namespace lyra {
 namespace {
 
 namespace kernels = lyra::multi_lora;
+using kernels::check_rows, kernels::checked_floats, kernels::checked_ints, kernels::data;
 
 int multiprocessors(const Tensor& t) {
   int count = 0;
   check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, t.get_device_index()), "multi_lora");
   return count;
-}
-
-const int* checked_ints(const char* name, const Tensor& t, std::initializer_list<int64_t> shape, const Tensor& as) {
-  check_shape(name, t, shape);
-  check_dtype(name, t, ScalarType::Int);
-  check_contiguous(name, t);
-  check_same_device(name, t, as);
-  return t.const_data_ptr<int>();
-}
-
-const float* checked_floats(const char* name, const Tensor& t, std::initializer_list<int64_t> shape, const Tensor& as) {
-  check_shape(name, t, shape);
-  check_dtype(name, t, ScalarType::Float);
-  check_contiguous(name, t);
-  check_same_device(name, t, as);
-  return t.const_data_ptr<float>();
 }
 
 const float* checked_h(const Tensor& h, int64_t tokens) {
@@ -74,12 +60,6 @@ kernels::Mask checked_mask(const std::optional<Tensor>& seed, int64_t drop, cons
   return {seed->const_data_ptr<int64_t>(), static_cast<int>(drop)};
 }
 
-void check_rows(const char* name, const Tensor& t, const Tensor& as) {
-  check(t.dim() == 2 && (t.size(1) <= 1 || t.stride(1) == 1), name, ": got shape ", shape_string(t),
-        " or a stride between columns, expected a matrix with adjacent columns");
-  check_same_device(name, t, as);
-}
-
 // Calls f with a value of the kernels' type for the tensor's.
 template <class F>
 void with_type(const char* name, const Tensor& t, F f) {
@@ -94,11 +74,6 @@ void with_type(const char* name, const Tensor& t, F f) {
       fail(name, ": got dtype ", torch::headeronly::toString(t.scalar_type()),
            ", expected float32, bfloat16 or float16");
   }
-}
-
-template <class T>
-const T* data(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> plan(const Tensor& ids, int64_t adapters) {

@@ -101,20 +101,20 @@ class Engine:
         """Adds the adapters of each bank to its y, in place; returns what A makes of x."""
         group, plan = prepared
         h = x.new_empty(*plan.ids.shape, group.columns.shape[1], dtype=torch.float32)
-        self._kernels.shrink_(h, _rows_of(x), _a_of(banks, x.dtype), group.of_a, *plan, seed, drop)
+        self._kernels.shrink_(h, _rows_of(x), a_of(banks, x.dtype), group.of_a, *plan, seed, drop)
         for y, bank, table, scaling in zip(ys, banks, group.of_b, group.scaling):
-            b, scaling = _b_of(bank, x.dtype), scaling * dropout.scale(drop)
-            self._kernels.expand_(y, h, b, table, scaling, plan.ids, weights, plan.present, None, 0)
+            b = b_of(bank, x.dtype)
+            self._kernels.expand_(y, h, b, table, _made_up(scaling, drop), plan.ids, weights, plan.present, None, 0)
         return [h]
 
     def gradients(self, dys, dx, x, banks, prepared, weights, seed, drop, kept, wanted: Gradients) -> Gradients:
         """As `cpu.gradients`."""
         (h,), (group, plan), kernels = kept, prepared, self._kernels
-        lists, made_up = (plan.starts, plan.pairs, plan.chunks), dropout.scale(drop)
+        lists = (plan.starts, plan.pairs, plan.chunks)
         dh = torch.empty_like(h)  # what B^T makes of dy, without scaling
         of_b = []
         for j, (dy, bank) in enumerate(zip(dys, banks)):
-            b, scaling = _b_of(bank, dy.dtype), group.scaling[j] * made_up
+            b, scaling = b_of(bank, dy.dtype), _made_up(group.scaling[j], drop)
             kernels.shrink_(dh, dy, b, group.of_b[j], *plan, None, 0)
             if all(wanted.b[j]) and bank.sums:
                 kernels.add_outer_(bank.sums[0].b, h, dy, group.of_b[j], scaling, weights, *lists, None, 0)
@@ -125,16 +125,17 @@ class Engine:
                 of_b.append([part.T.to(bank.gradient_dtype) if want else None for part, want in parts])
             else:
                 of_b.append([None] * len(bank.names))
-        factor = group.columns[plan.ids.clamp(min=0).long()] * made_up  # (T, S, G)
-        of_weights = None
+        factor, of_weights, differ = None, None, any(bank.scalings != banks[0].scalings for bank in banks)
+        if wanted.weights or differ:
+            factor = _made_up(group.columns[plan.ids.clamp(min=0).long()], drop)  # (T, S, G)
         if wanted.weights:
             known = (plan.ids >= 0)[:, :, None] & (factor != 0)
             of_weights = torch.where(known, h * dh * factor, 0).sum(2)
-        scaling = group.scaling[0] * made_up
-        if any(bank.scalings != banks[0].scalings for bank in banks):
+        scaling = _made_up(group.scaling[0], drop)
+        if differ:
             dh, scaling = dh * factor, torch.ones_like(scaling)
         if dx is not None:
-            a = _a_of(banks, x.dtype)
+            a = a_of(banks, x.dtype)
             kernels.expand_(dx, dh, a, group.of_a, scaling, plan.ids, weights, plan.present, seed, drop)
         of_a = [[None] * len(bank.names) for bank in banks]
         if all(wanted.a[0]) and len(banks) == 1 and banks[0].sums:
@@ -150,16 +151,21 @@ class Engine:
         return Gradients(of_a, of_b, of_weights)
 
 
+def _made_up(scaling: Tensor, drop: int) -> Tensor:
+    """Times 1 / (1 - p) of the dropout, in a kernel of its own only where there is one."""
+    return scaling * dropout.scale(drop) if drop else scaling
+
+
 def _rows_of(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _a_of(banks: list[LoraBank], dtype: torch.dtype) -> Tensor:
+def a_of(banks: list[LoraBank], dtype: torch.dtype) -> Tensor:
     in_order = [bank.adapters[e][0] for e in range(len(banks[0].names)) for bank in banks]
     return keep(f"a of {len(banks)}", dtype, banks, lambda: torch.cat(in_order).to(dtype))
 
 
-def _b_of(bank: LoraBank, dtype: torch.dtype) -> Tensor:
+def b_of(bank: LoraBank, dtype: torch.dtype) -> Tensor:
     return keep("b", dtype, [bank], lambda: torch.cat([b.T for _, b in bank.adapters]).to(dtype))
 
 

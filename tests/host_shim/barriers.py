@@ -10,11 +10,11 @@ import pytest
 
 
 def barriers(*headers: Path) -> dict[str, tuple[Path, int, int, str]]:
-    """{name: switch of `build_switched`} that leaves out a barrier, or a wait for copies."""
+    """{name: switch of `build_switched`} that leaves out a barrier, or a wait for copies or warps."""
     found = {}
     for header in headers:
         text = header.read_text()
-        for match in re.finditer(r"(__sync\w+|wait_for_copies)(<[^<>]+>)?(?=\()", text):
+        for match in re.finditer(r"(__sync\w+|warp_arrive|warp_await|wait_for_copies)(<[^<>]+>)?(?=\()", text):
             line = text.count("\n", 0, match.start()) + 1
             value = match[1].endswith("_or")
             instead = f"(WITHOUT ? own_value : {match[0]})" if value else f"if (!WITHOUT) {match[0]}"

@@ -79,16 +79,6 @@ def build_switched(build: Build, tmp_path_factory: pytest.TempPathFactory) -> Bu
 
 
 @pytest.fixture(scope="session")
-def build_with_switches(build_switched: Build) -> Build:
-    """build_with_switches(source, header, places): a switch leaves out the statement at that place of the header."""
-
-    def build_with_switches(source: str, header: Path, places: list[int]) -> ModuleType:
-        return build_switched(source, [(header, at, at, "if (!WITHOUT) ") for at in places])
-
-    return build_with_switches
-
-
-@pytest.fixture(scope="session")
 def load_ops(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], None]:
     """load_ops(source): torch then has the ops that tests/host_shim/<source> registers, for CPU tensors."""
 

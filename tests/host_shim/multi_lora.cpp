@@ -1,9 +1,13 @@
-// The multi-LoRA kernels of csrc/multi_lora/multi_lora.cuh, run on the CPU by lyra/host_cuda.h, as a Python module.
+// The multi-LoRA kernels of csrc/multi_lora/, run on the CPU by lyra/host_cuda.h, as a Python module.
 // 16-bit floats come and go as the uint16 that hold their bits.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
-#include "multi_lora/multi_lora.cuh"
+#include "multi_lora/decode.cuh"
+#include "multi_lora/expand.cuh"
+#include "multi_lora/outer.cuh"
+#include "multi_lora/plan.cuh"
+#include "multi_lora/shrink.cuh"
 
 namespace py = pybind11;
 using namespace lyra;
@@ -95,6 +99,21 @@ void run_outer(Floats out, const std::string& type, Floats h, py::array z, Ints 
   });
 }
 
+void run_decode(const std::string& type, py::array y, py::array x, py::array weight, py::object bias, py::array a,
+                py::array b, Ints table, Floats scaling, py::dict plan, Ints counters, int64_t rank) {
+  const Plan p = plan_of(plan);
+  const int64_t inputs = weight.shape(1), outputs = weight.shape(0);
+  auto space = workspace(decode::workspace(p, inputs, rank));
+  const auto go = [&]<class T>(T) {
+    check(decode::run<T>(p, adapters_of(table, scaling), rows<T>(x), rows<T>(weight),
+                         bias.is_none() ? nullptr : data<const T>(bias.cast<py::array>()), data<const T>(a),
+                         data<const T>(b), inputs, outputs, rank,
+                         reinterpret_cast<decode::Counters*>(counters.mutable_data()), space.data(), data<T>(y),
+                         nullptr));
+  };
+  type == "bfloat16" ? go(lyra::Bf16{}) : go(lyra::Half{});
+}
+
 template <class Id>
 py::dict run_plan(Array<Id> given, int64_t adapters) {
   const int64_t tokens = given.shape(0), per_token = given.shape(1), pairs = tokens * per_token;
@@ -125,11 +144,17 @@ PYBIND11_MODULE(LYRA_MODULE, m) {
   m.def("outer", &run_outer);
   m.def("plan", &run_plan<int>);
   m.def("plan", &run_plan<int64_t>);
-  m.def("configure", [](const std::string& order, unsigned seed) {
-    auto& settings = lyra::host::settings();
-    settings.order = order == "forward"   ? lyra::host::kForward
-                     : order == "reverse" ? lyra::host::kReverse
-                                          : lyra::host::kShuffled;
-    settings.seed = seed;
-  });
+  m.def("decode", &run_decode);
+  m.def(
+      "configure",
+      [](const std::string& order, unsigned seed, int resident) {
+        auto& settings = lyra::host::settings();
+        settings.order = order == "forward"   ? lyra::host::kForward
+                         : order == "reverse" ? lyra::host::kReverse
+                         : order == "lazy"    ? lyra::host::kLazy
+                                              : lyra::host::kShuffled;
+        settings.seed = seed;
+        settings.resident = resident;
+      },
+      py::arg("order"), py::arg("seed"), py::arg("resident") = 0);
 }

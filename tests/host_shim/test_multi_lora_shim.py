@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from barriers import assert_needed, barriers
 from multi_lora_oracles import BF16, COMMON_CASES, Case, Problem, build_plan, expand, make, outer, philox, shrink
 from torch import Tensor
 
@@ -20,14 +20,15 @@ from lyra_ops.multi_lora import fused, reference
 from lyra_ops.multi_lora.function import Base, Call, linears
 from lyra_ops.testing import assert_within_reference_error
 
-KERNELS = Path(__file__).parents[2] / "csrc" / "multi_lora" / "multi_lora.cuh"
+KERNELS = Path(__file__).parents[2] / "csrc" / "multi_lora"
+GUARDS = barriers(*(KERNELS / f"{name}.cuh" for name in ("plan", "shrink", "expand", "outer")))
 ORDERS = {"forward": ("forward", 0), "reverse": ("reverse", 0), "shuffled": ("shuffled", 1)}
 MANY = 132  # multiprocessors: enough to cut D in parts, and to give the chunks to several workers
 
 
 @pytest.fixture(scope="module")
-def kernels(build) -> ModuleType:
-    return build("multi_lora.cpp")
+def kernels(build_switched) -> ModuleType:
+    return build_switched("multi_lora.cpp", list(GUARDS.values()))
 
 
 def array(t: Tensor) -> np.ndarray:
@@ -247,31 +248,16 @@ def test_the_whole_op(kernels: ModuleType, dtype: torch.dtype, drop: int) -> Non
         assert_within_reference_error(got, plain, exact)
 
 
-BARRIERS = [m.start() for m in re.finditer(r"__sync\w+\(\)", KERNELS.read_text())]
-
-
-@pytest.fixture(scope="module")
-def mutant(build_with_switches) -> ModuleType:
-    return build_with_switches("multi_lora.cpp", KERNELS, BARRIERS)
-
-
-def test_there_are_barriers_to_take_out() -> None:
-    assert len(BARRIERS) >= 15
+def test_there_are_guards_to_take_out() -> None:
+    assert len(GUARDS) == 15
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("barrier", range(len(BARRIERS)))
-def test_every_barrier_is_needed(mutant: ModuleType, monkeypatch: pytest.MonkeyPatch, barrier: int) -> None:
-    monkeypatch.setenv("LYRA_WITHOUT", str(barrier))
-    with pytest.raises((AssertionError, RuntimeError)):
-        for check in CHECKS.values():
-            for order in ORDERS.values():
-                mutant.configure(*order)
-                check(mutant)
+@pytest.mark.parametrize("number", range(len(GUARDS)), ids=GUARDS)
+def test_every_guard_is_needed(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def run(check: Callable[[ModuleType], None], order: tuple) -> None:
+        kernels.configure(*order)
+        check(kernels)
 
-
-@pytest.mark.slow
-def test_with_all_barriers_the_mutant_is_right(mutant: ModuleType) -> None:
-    mutant.configure(*ORDERS["forward"])
-    for check in CHECKS.values():
-        check(mutant)
+    runs = (functools.partial(run, check, order) for check in CHECKS.values() for order in ORDERS.values())
+    assert_needed(number, monkeypatch, runs)

@@ -13,7 +13,8 @@
 // happened to run: two accesses to a place by different threads, one of them a write, need a barrier between them
 // (__syncthreads, or __syncwarp within a warp; a shuffle or vote orders no memory). A launch that met a race, a
 // deadlock, or threads of a block at different barriers throws. What is handed over under a flag that the reader waits
-// for with `spin_wait`, by `post` and `peek`, or by atomics, is not checked for races; the orders alone judge it.
+// for with `spin_wait` or `warp_await`, by `post` and `peek`, or by atomics, is not checked for races; the orders alone
+// judge it.
 #pragma once
 
 #include <setjmp.h>
@@ -494,6 +495,22 @@ inline void __syncwarp(unsigned mask = ~0u) {
   lyra::host::device().wait_for_warp("__syncwarp", mask, 0);
   lyra::host::device().warp_barrier_passed();
 }
+
+namespace lyra {
+
+inline void warp_arrive(unsigned* count) {
+  __syncwarp();
+  if (host::device().lane() > 0) return;
+  ++*count;
+  host::device().posted();
+}
+
+inline void warp_await(const unsigned* count, unsigned wanted) {
+  while (host::device().lane() == 0 && *count < wanted) spin_wait();
+  __syncwarp();
+}
+
+}  // namespace lyra
 
 template <class T>
 T __shfl_sync(unsigned mask, T value, int lane) {

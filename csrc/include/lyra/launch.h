@@ -4,7 +4,8 @@
 // `lyra::dynamic_shared`, hand values from thread to thread through memory with `exchange_load` / `exchange_store`
 // alone, which are plain accesses on a GPU and race-checked ones on the CPU, and call `spin_wait` while waiting for a
 // flag. `post` and `peek` hand a 64-bit word from any thread of the launch to any other: whole, at once, and without
-// ordering anything else, so the word itself must say that it is there.
+// ordering anything else, so the word itself must say that it is there. `warp_arrive` and `warp_await` hand over all
+// that a warp has written.
 #pragma once
 
 #ifdef LYRA_HOST_CUDA
@@ -41,6 +42,25 @@ __device__ __forceinline__ void post(uint64_t* to, uint64_t word, bool wanted = 
 }
 
 __device__ __forceinline__ void spin_wait() { __nanosleep(32); }
+
+// Counts one more. The whole warp; what its lanes have written to global memory is there for who awaits the count.
+__device__ __forceinline__ void warp_arrive(unsigned* count) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(count) : "memory");
+}
+
+// Until `wanted` have arrived; the whole warp. Only for what running warps will do: others might wait for this one.
+__device__ __forceinline__ void warp_await(const unsigned* count, unsigned wanted) {
+  if (threadIdx.x % 32 == 0) {
+    for (;;) {
+      unsigned arrived;
+      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(arrived) : "l"(count) : "memory");
+      if (arrived >= wanted) break;
+      spin_wait();
+    }
+  }
+  __syncwarp();
+}
 
 __device__ __forceinline__ char* dynamic_shared() {
   extern __shared__ __align__(16) char lyra_dynamic_shared[];

@@ -63,6 +63,10 @@ inline void shared_store16(uint32_t* to, const Words4& value) {
   for (int i = 0; i < 4; ++i) exchange_store(to + i, value.word[i]);
 }
 
+inline Words4 shared_load16(const uint32_t* from) {
+  return {{exchange_load(from), exchange_load(from + 1), exchange_load(from + 2), exchange_load(from + 3)}};
+}
+
 namespace host {
 
 inline uint16_t half_of(uint32_t word, int upper) { return static_cast<uint16_t>(word >> (16 * upper)); }
@@ -130,6 +134,8 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
 __device__ __forceinline__ void shared_store16(uint32_t* to, const Words4& value) {
   *reinterpret_cast<Words4*>(to) = value;
 }
+
+__device__ __forceinline__ Words4 shared_load16(const uint32_t* from) { return *reinterpret_cast<const Words4*>(from); }
 
 // Lane 8 m + r points at row r of matrix m: eight 16-bit elements, 16-byte aligned. All lanes of the warp take part.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const uint32_t* row) {
