@@ -46,8 +46,7 @@ __device__ __forceinline__ float reciprocal(float x) {
 }
 #endif
 
-// --- mantissa 2^exponent
-// ----------------------------------------------------------------------------------------------
+// --- mantissa 2^exponent ---------------------------------------------------------------------------------------------
 
 // The mantissa in [1, 2). An exponent below kZero / 2 is the number zero, whatever the mantissa: the limits on costs
 // keep the exponents of all other numbers, and what zero can drift by, within kZero / 4.
@@ -142,8 +141,7 @@ struct Weigher {
   }
 };
 
-// --- shares
-// -----------------------------------------------------------------------------------------------------------
+// --- shares ----------------------------------------------------------------------------------------------------------
 
 // How a path comes into a cell, diagonally, from above or from the left, in units of kUnit: the three always add up to
 // one exactly, and the share of a neighbour that has none is exactly zero, so no mass is lost and none leaks.

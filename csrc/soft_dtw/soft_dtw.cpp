@@ -65,16 +65,15 @@ namespace {
 using namespace soft_dtw_cpu;
 using OptionalTensor = std::optional<Tensor>;
 
-// --- one stripe, for each kind of cell, compiled for several CPUs ----------------------------------------------------
+// --- some stripes, for each kind of cell, compiled for several CPUs -------------------------------------------------
+//
+// More than one at a time, since it takes as long as thirty steps until all constants are in registers.
 
-#define LYRA_FORWARD(S, Cell)                                                                                       \
-  LYRA_SIMD void forward_some(const Forward<S>& f, Cell& cell, const Stripe& s, Cell::State* frontier, uint8_t* to, \
-                              Progress* progress) {                                                                 \
-    forward_stripe<false>(f, cell, s, frontier, to, progress);                                                      \
-  }                                                                                                                 \
-  LYRA_SIMD void forward_dropping(const Forward<S>& f, Cell& cell, const Stripe& s, Cell::State* frontier,          \
-                                  uint8_t* to, Progress* progress) {                                                \
-    forward_stripe<true>(f, cell, s, frontier, to, progress);                                                       \
+#define LYRA_FORWARD(S, Cell)                                                                              \
+  LYRA_SIMD void forward_some(const Forward<S>& f, Cell& cell, const Plan& plan, int64_t from, int64_t to, \
+                              Cell::State* frontier, Progress* progress) {                                 \
+    f.pair.dropping ? forward_stripes<true>(f, cell, plan, from, to, frontier, progress)                   \
+                    : forward_stripes<false>(f, cell, plan, from, to, frontier, progress);                 \
   }
 using Narrow = Soft<float, float>;
 using Wide = Soft<float, double>;
@@ -87,15 +86,16 @@ LYRA_FORWARD(double, Hard<double>)
 #undef LYRA_FORWARD
 
 #define LYRA_BACKWARD(S)                                                                                           \
-  LYRA_SIMD double backward_some(const Backward<S>& f, const Stripe& s, Vec<S>* frontier, const uint8_t* from,     \
-                                 const Vec<S>& sent, Progress* progress) {                                         \
-    return f.with_entropy ? backward_stripe<false, true>(f, s, frontier, from, sent, progress)                     \
-                          : backward_stripe<false, false>(f, s, frontier, from, sent, progress);                   \
-  }                                                                                                                \
-  LYRA_SIMD double backward_dropping(const Backward<S>& f, const Stripe& s, Vec<S>* frontier, const uint8_t* from, \
-                                     const Vec<S>& sent, Progress* progress) {                                     \
-    return f.with_entropy ? backward_stripe<true, true>(f, s, frontier, from, sent, progress)                      \
-                          : backward_stripe<true, false>(f, s, frontier, from, sent, progress);                    \
+  LYRA_SIMD void backward_some(const Backward<S>& f, const Plan& plan, int64_t from, int64_t to, Vec<S>* frontier, \
+                               const Vec<S>& origin, double* entropy, Progress* progress) {                        \
+    const auto run = [&]<bool kDropping, bool kEntropy>() __attribute__((always_inline)) {                         \
+      backward_stripes<kDropping, kEntropy>(f, plan, from, to, frontier, origin, entropy, progress);               \
+    };                                                                                                             \
+    if (f.pair.dropping) {                                                                                         \
+      f.with_entropy ? run.template operator()<true, true>() : run.template operator()<true, false>();             \
+    } else {                                                                                                       \
+      f.with_entropy ? run.template operator()<false, true>() : run.template operator()<false, false>();           \
+    }                                                                                                              \
   }
 LYRA_BACKWARD(float)
 LYRA_BACKWARD(double)
@@ -117,23 +117,6 @@ LYRA_CURVATURE(double)
 #undef LYRA_CURVATURE
 
 // --- one pair ------------------------------------------------------------------------------------------------------
-
-// The stripes of a pair and where the records of each begin.
-struct Plan {
-  std::vector<Stripe> stripes;
-  std::vector<int64_t> offset;
-
-  int64_t bytes = 0;  // of all
-
-  Plan(const Pair& pair, int64_t record) {
-    for (int64_t row = 0; row < pair.n; row += kLanes) {
-      stripes.emplace_back(pair, row);
-      offset.push_back(bytes);
-      bytes += stripes.back().steps() * record;
-    }
-  }
-  int64_t count() const { return static_cast<int64_t>(stripes.size()); }
-};
 
 // Memory of one thread, which it uses again for each of its pairs, so that it stays in the cache.
 class Workspace {
@@ -186,28 +169,27 @@ bool forward_by(const Forward<S>& f, const Plan& plan, bool together, S* value) 
   auto* frontier = buffer.data();
   frontier[kReach - 1] = Cell::origin();
   std::atomic<bool> flagged{false};
-  const auto run = [&](int64_t s, Progress* progress) {
+  const auto run = [&](int64_t from, int64_t to, Progress* progress) {
     Cell cell = prototype;
-    uint8_t* to = f.records == nullptr ? nullptr : f.records + plan.offset[s];
-    f.pair.dropping ? forward_dropping(f, cell, plan.stripes[s], frontier, to, progress)
-                    : forward_some(f, cell, plan.stripes[s], frontier, to, progress);
+    forward_some(f, cell, plan, from, to, frontier, progress);
     for (int l = 0; l < kLanes; ++l) {
       if (cell.flagged[l]) flagged = true;
     }
   };
-  if (together && f.pair.low == nullptr) {
-    Progress progress(plan.count());
-    in_parallel(plan.count(), [&](int64_t s, Workspace&) { run(s, &progress); });
-  } else {
+  if (f.pair.low != nullptr) {
     for (int64_t s = 0; s < plan.count(); ++s) {
-      const Stripe& now = plan.stripes[s];
-      if (f.pair.low != nullptr && s > 0) {  // windows need not follow each other
-        const Stripe& before = plan.stripes[s - 1];
+      if (s > 0) {  // windows need not follow each other
+        const Stripe &now = plan.stripes[s], &before = plan.stripes[s - 1];
         clear_around(frontier, now.first - 1 + kReach, now.last + kReach, before.first + 1, before.last + 1,
                      Cell::zero());
       }
-      run(s, nullptr);
+      run(s, s + 1, nullptr);
     }
+  } else if (together) {
+    Progress progress(plan.count());
+    in_parallel(plan.count(), [&](int64_t s, Workspace&) { run(s, s + 1, &progress); });
+  } else {
+    run(0, plan.count(), nullptr);
   }
   if (flagged && sizeof(typename Cell::Type) == 4) return false;
   const int lane = (f.pair.n - 1) % kLanes;
@@ -236,25 +218,26 @@ double backward_pair(const Backward<S>& f, const Plan& plan, bool together) {
   Vec<S> origin = {};
   lane + 1 < kLanes ? origin[lane + 1] = S(1) : frontier[f.pair.m - 1 + kBelow][0] = S(1);
   std::vector<double> entropy(plan.count());
-  const auto run = [&](int64_t s, Progress* progress) {
-    const Vec<S> sent = s + 1 == plan.count() ? origin : Vec<S>{};
-    const uint8_t* from = f.records + plan.offset[s];
-    entropy[s] = f.pair.dropping ? backward_dropping(f, plan.stripes[s], frontier, from, sent, progress)
-                                 : backward_some(f, plan.stripes[s], frontier, from, sent, progress);
+  const auto run = [&](int64_t from, int64_t to, Progress* progress) {
+    backward_some(f, plan, from, to, frontier, origin, entropy.data(), progress);
   };
-  if (together && f.pair.low == nullptr) {
-    Progress progress(plan.count());
-    in_parallel(plan.count(), [&](int64_t s, Workspace&) { run(plan.count() - 1 - s, &progress); });
-  } else {
+  if (f.pair.low != nullptr) {
     for (int64_t s = plan.count() - 1; s >= 0; --s) {
-      const Stripe& now = plan.stripes[s];
-      if (f.pair.low != nullptr && s + 1 < plan.count()) {
-        const Stripe& after = plan.stripes[s + 1];
+      if (s + 1 < plan.count()) {
+        const Stripe &now = plan.stripes[s], &after = plan.stripes[s + 1];
         clear_around(frontier, now.first + kTaken, now.last + kTaken, after.first - 1 + kBelow, after.last + kBelow,
                      Vec<S>{});
       }
-      run(s, nullptr);
+      run(s, s + 1, nullptr);
     }
+  } else if (together) {
+    Progress progress(plan.count());
+    in_parallel(plan.count(), [&](int64_t k, Workspace&) {
+      const int64_t s = plan.count() - 1 - k;
+      run(s, s + 1, &progress);
+    });
+  } else {
+    run(0, plan.count(), nullptr);
   }
   return std::accumulate(entropy.begin(), entropy.end(), 0.0);
 }

@@ -92,8 +92,7 @@ constexpr double kLog2E = 1.4426950408889634;
 constexpr int kSurveyWarps = 8;
 constexpr int kBlocksPerSM = 8;  // of one warp; leaves each thread all the registers it can name
 
-// --- first launch
-// -----------------------------------------------------------------------------------------------------
+// --- first launch ----------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ int reduce(int mine, bool greatest) {
   for (int other = kLanes / 2; other > 0; other /= 2) {
@@ -166,8 +165,7 @@ __global__ void __launch_bounds__(kSurveyWarps* kLanes)
   }
 }
 
-// --- second launch
-// ----------------------------------------------------------------------------------------------------
+// --- second launch ---------------------------------------------------------------------------------------------------
 
 // The strip that a block of one warp is to do: the strips of all pairs side by side, in the order of the sweep.
 struct Task {
@@ -394,8 +392,7 @@ __global__ void __launch_bounds__(kLanes, kBlocksPerSM)
   if (strip.index == 0 && threadIdx.x == 0) *gradients.entropy = static_cast<T>(-grad * entropy);
 }
 
-// --- launchers
-// --------------------------------------------------------------------------------------------------------
+// --- launchers -------------------------------------------------------------------------------------------------------
 
 // Bytes of `probs` (B, bytes): what forward keeps for backward.
 template <class Format>

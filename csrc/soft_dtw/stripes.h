@@ -23,6 +23,8 @@
 #include <cstring>
 #include <limits>
 #include <new>
+#include <type_traits>
+#include <vector>
 
 #include "lyra/simd.h"
 
@@ -81,11 +83,16 @@ LYRA_INLINE V most(V a, V b) {
   return a > b ? a : b;
 }
 
-// a b + c, rounded once on every CPU; where there is no such instruction, slowly. To be had only where gcc makes one
-// instruction of it: with a c that is handed from step to step it makes eight.
+// a b + c, rounded once on every CPU; where there is no such instruction, slowly. A loop that stays one until gcc looks
+// for loops to vectorise: of eight calls side by side it makes one instruction in some places and eight in others.
 LYRA_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
-  const auto lane = [&](int l) __attribute__((always_inline)) { return __builtin_fmaf(a[l], b[l], c[l]); };
-  return Vec<float>{lane(0), lane(1), lane(2), lane(3), lane(4), lane(5), lane(6), lane(7)};
+  alignas(sizeof(Vec<float>)) float x[kLanes], y[kLanes], z[kLanes];
+  store(x, a);
+  store(y, b);
+  store(z, c);
+#pragma GCC unroll 1
+  for (int l = 0; l < kLanes; ++l) z[l] = __builtin_fmaf(x[l], y[l], z[l]);
+  return load<Vec<float>>(z);
 }
 LYRA_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return a * b + c; }
 
@@ -200,6 +207,24 @@ inline int64_t record_bytes(int store, bool dropping) {
   const int64_t share = store == 64 ? 8 : store / 8;
   return kLanes * share * (dropping ? 3 : 2);
 }
+
+// The stripes of a pair and where the records of each begin.
+struct Plan {
+  std::vector<Stripe> stripes;
+  std::vector<int64_t> offset;
+  int64_t bytes = 0;  // of all records
+
+  Plan(const Pair& pair, int64_t record) {
+    stripes.reserve(pair.stripes());
+    offset.reserve(pair.stripes());
+    for (int64_t row = 0; row < pair.n; row += kLanes) {
+      stripes.emplace_back(pair, row);
+      offset.push_back(bytes);
+      bytes += stripes.back().steps() * record;
+    }
+  }
+  int64_t count() const { return static_cast<int64_t>(stripes.size()); }
+};
 
 // --- the recursion in one cell of each lane -----------------------------------------------------------------------
 
@@ -400,14 +425,14 @@ struct Hard {
 // so that whole numbers of units stay what they are. i down the lanes, j = step - kSkew lane.
 struct Dither {
   static constexpr uint32_t kRow = 24801, kColumn = 18633;
-  Vec<uint32_t> phase, mask, base;
+  Vec<uint32_t> phase;
+  uint32_t mask, base;
 
-  LYRA_INLINE Dither(int64_t row, int64_t step, int store_as) {
-    const auto lane = convert<uint32_t>(kIota);
-    phase = (static_cast<uint32_t>(row) + lane) * kRow + (static_cast<uint32_t>(step) - kSkew * lane) * kColumn;
-    mask = Vec<uint32_t>{} + (store_as == 16 ? (1u << 7) - 8 : (1u << 15) - 8);
-    base = Vec<uint32_t>{} + (std::bit_cast<uint32_t>(store_as == 16 ? 0x1p16f : 0x1p8f) | 4u);
-  }
+  LYRA_INLINE Dither(int64_t row, int64_t step, int store_as)
+      : phase((static_cast<uint32_t>(row) + convert<uint32_t>(kIota)) * kRow +
+              (static_cast<uint32_t>(step) - kSkew * convert<uint32_t>(kIota)) * kColumn),
+        mask(store_as == 16 ? (1u << 7) - 8 : (1u << 15) - 8),
+        base(std::bit_cast<uint32_t>(store_as == 16 ? 0x1p16f : 0x1p8f) | 4u) {}
   LYRA_INLINE Vec<float> next() {
     const auto now = std::bit_cast<Vec<float>>((phase & mask) | base);
     phase += kColumn;
@@ -576,12 +601,10 @@ LYRA_INLINE void load_tile(const Cells<S>& cells, const Stripe& stripe, int64_t 
 }
 
 template <bool kDropping, typename Cell, typename S>
-LYRA_INLINE void forward_stripe(const Forward<S>& f, Cell& given, const Stripe& stripe, typename Cell::State* frontier,
-                                uint8_t* record, Progress* progress) {
+LYRA_INLINE void forward_stripe(const Forward<S>& f, Cell& cell, const Stripe& stripe, typename Cell::State* frontier,
+                                uint8_t* record, int store_as, Progress* progress) {
   using State = typename Cell::State;
   using T = typename Cell::Type;
-  Cell cell = given;  // where no store to memory can change it
-  const int store_as = f.records == nullptr ? 0 : f.store;
   const int64_t index = stripe.row / kLanes;
   State drop = Cell::zero();
   if constexpr (kDropping) {
@@ -623,6 +646,22 @@ LYRA_INLINE void forward_stripe(const Forward<S>& f, Cell& given, const Stripe& 
     if (progress != nullptr) progress->set(index, stop + 1);  // the frontier's entries up to that are this stripe's
   }
   if (progress != nullptr) progress->set(index, kAllDone);
+}
+
+// Stripes `from` to `to` - 1; `progress`: null, or they are one alone.
+template <bool kDropping, typename Cell, typename S>
+LYRA_INLINE void forward_stripes(const Forward<S>& f, Cell& given, const Plan& plan, int64_t from, int64_t to,
+                                 typename Cell::State* frontier, Progress* progress) {
+  Cell cell = given;  // where no store to memory can change it
+  const auto run = [&](int store_as) __attribute__((always_inline)) {
+    for (int64_t s = from; s < to; ++s) {
+      uint8_t* records = store_as == 0 ? nullptr : f.records + plan.offset[s];
+      forward_stripe<kDropping>(f, cell, plan.stripes[s], frontier, records, store_as, progress);
+    }
+  };
+  const int store_as = f.records == nullptr ? 0 : f.store;
+  // The usual case as a constant: no branches and fewer constants in the step.
+  std::is_same_v<typename Cell::Type, float>&& store_as == 16 ? run(16) : run(store_as);
   given.flagged |= cell.flagged;
 }
 
@@ -741,6 +780,17 @@ LYRA_INLINE double backward_stripe(const Backward<S>& f, const Stripe& stripe, V
   if (progress != nullptr) progress->set(index, kAllDone);
   finish_rows<kDropping>(f, stripe, dropped);
   return entropy;
+}
+
+// Stripes `to` - 1 down to `from`, of each its entropy; `progress` as in `forward_stripes`.
+template <bool kDropping, bool kEntropy, typename S>
+LYRA_INLINE void backward_stripes(const Backward<S>& f, const Plan& plan, int64_t from, int64_t to, Vec<S>* frontier,
+                                  Vec<S> origin, double* entropy, Progress* progress) {
+  for (int64_t s = to - 1; s >= from; --s) {
+    const Vec<S> sent = s + 1 == plan.count() ? origin : Vec<S>{};
+    entropy[s] =
+        backward_stripe<kDropping, kEntropy>(f, plan.stripes[s], frontier, f.records + plan.offset[s], sent, progress);
+  }
 }
 
 // --- the second derivative ------------------------------------------------------------------------------------------

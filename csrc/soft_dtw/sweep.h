@@ -80,8 +80,7 @@ __device__ __forceinline__ int slot_of(int row) {
   return ((row * kLanes) & ((kRing - 1) * kLanes)) | static_cast<int>(threadIdx.x);
 }
 
-// --- down
-// -------------------------------------------------------------------------------------------------------------
+// --- down ------------------------------------------------------------------------------------------------------------
 
 // Rows go from top to bottom, lane l kSkew rows behind lane l - 1: so what a lane hands to its right neighbour has a
 // step's time to get there. Global memory is read a row of 32 columns at a time; a delay line in shared memory, of
@@ -203,16 +202,15 @@ constexpr size_t shared_bytes_down() {
          kRing * kLanes * sizeof(typename Cell::In);
 }
 
-// --- up
-// ---------------------------------------------------------------------------------------------------------------
+// --- up --------------------------------------------------------------------------------------------------------------
 
 // The same steps from the last to the first: so a lane is a step's time behind its right neighbour, and all that the
 // way down kept lies in memory in the order in which it is needed. What a cell type holds:
 //   kBlock                as above
 //   Stored, fetch(place)  kept by the sweep down
 //   Message               to the left neighbour; closed() is "nothing", origin() enters diagonally at (n-1, m-1)
-//   step                  one cell; returns what is stored, times `grad`, in `cells` (rows, columns) of this lane's
-//   column leave(i, message, at) what leaves the strip to the left, if `at`
+//   step                  one cell; returns what is stored, times `grad`, in `cells` of this lane's column
+//   leave(i, message, at) what leaves the strip to the left, if `at`
 // Of a matrix all N rows of the strip's columns are written, else those that the strip runs through.
 template <class Cell>
 __device__ void sweep_up(Cell& cell, const Pair& pair, const Strip& strip, const Problem& problem,
