@@ -312,6 +312,21 @@ def test_features_outside_the_band_and_of_padding_are_not_multiplied() -> None:
     assert flops(10, 600) < flops(None, 600) * 0.6  # pieces of 256 rows
 
 
+@pytest.mark.parametrize("cost", ["cosine", "contrastive"])
+def test_frozen_features_keep_nothing_for_their_gradient(cost: str) -> None:
+    x, y, gamma = random(2, 9, 4), random(2, 7, 4, seed=1), torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    drop, kept = torch.full((2, 9), 0.7, dtype=torch.float64, requires_grad=True), []
+    results = []
+    for backend in ("cpu", "reference"):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+            value = soft_dtw(x, y, cost=cost, gamma=gamma, drop_cost=drop, backend=backend)
+        if backend == "cpu":
+            assert max(kept) <= x.numel() < 2 * 9 * 7  # no matrix of pairs
+        results.append(torch.autograd.grad(value.sum(), (gamma, drop)))
+    for got, want in zip(*results):
+        same(got, want)
+
+
 def test_features_are_multiplied_where_they_lie() -> None:
     x, y = random(8, 50, 400).float().requires_grad_(), random(8, 30, 400, seed=1).float().requires_grad_()
     lengths = ragged(8, 50, 30)

@@ -119,14 +119,15 @@ def soft_dtw(x: Tensor, y: Tensor, arguments: _Arguments, cost: str, temperature
     sources, metric = (x, y, gammas, drop), _Metric(cost, temperature, dtype)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in sources):
         return _FromFeatures.apply(*sources, *problem, options, store, metric, arguments)
-    return _aligned(*sources, problem, options, 0, metric, False)[0]
+    return _aligned(*sources, problem, options, 0, metric)[0]
 
 
 class _FromFeatures(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, y, gammas, drop, x_lengths, y_lengths, low, high, options, store, metric, arguments):
         problem, of_gamma = (x_lengths, y_lengths, low, high), gammas is not None and ctx.needs_input_grad[2]
-        value, dropped, entropy, kept = _aligned(x, y, gammas, drop, problem, options, store, metric, of_gamma)
+        wanted = any(ctx.needs_input_grad[:2]), of_gamma
+        value, dropped, entropy, kept = _aligned(x, y, gammas, drop, problem, options, store, metric, *wanted)
         ctx.save_for_backward(x, y, gammas, drop, *problem, dropped, entropy, *kept)
         ctx.rest = options, metric, arguments
         return value
@@ -139,8 +140,9 @@ class _FromFeatures(torch.autograd.Function):
         (_, band), metric, _ = ctx.rest
         grads = [_new_like(t) if needed else None for t, needed in zip((x, y), ctx.needs_input_grad)]
         scale, kept = (grad_value * metric.factor())[:, None, None], iter(kept)
+        groups = _groups(x, y, x_lengths, y_lengths, metric) if any(ctx.needs_input_grad[:2]) else ()
         with torch.autocast("cpu", enabled=False):
-            for group in itertools.chain.from_iterable(_groups(x, y, x_lengths, y_lengths, metric)):
+            for group in itertools.chain.from_iterable(groups):
                 pieces = list(_pieces(group, metric, band, low, high))
                 _write_gradients(group, pieces, kept, x, y, grads, scale[group.pairs], metric)
         grad_gamma = (-grad_value * entropy).to(gammas.dtype) if len(entropy) else None
@@ -148,8 +150,8 @@ class _FromFeatures(torch.autograd.Function):
         return *grads, grad_gamma, grad_drop, *[None] * 8
 
 
-def _aligned(x, y, gammas, drop, problem, options, store, metric, of_gamma):
-    """Values (B,); and if ``store``, their derivatives in drop, in minus gamma, and in the products of each piece."""
+def _aligned(x, y, gammas, drop, problem, options, store, metric, of_tokens=False, of_gamma=False):
+    """Values (B,); if ``store``, their derivatives in drop; and if wanted, in the products of each piece and -gamma."""
     found, kept = [], []
     (x_lengths, y_lengths, low, high), band = problem, options[1]
     with torch.autocast("cpu", enabled=False):
@@ -173,6 +175,8 @@ def _aligned(x, y, gammas, drop, problem, options, store, metric, of_gamma):
                 continue
             value, grad, dropped, entropy = _with_gradient(costs, *tensors, *options, store, of_gamma)
             found.append((value, dropped, entropy))
+            if not of_tokens:
+                continue
             if metric.kind == "contrastive":  # softmax_ij sum_k E_ik - E_ij, over temperature
                 grad = costs.neg_().exp_().mul_(grad.sum(2, keepdim=True)).sub_(grad)
             for group, cells in pieces:
