@@ -476,3 +476,29 @@ def test_the_raw_backward_op_refuses(change, message: str) -> None:
     arguments |= {"dropping": False, "hard": False, "with_entropy": False}
     with pytest.raises(RuntimeError, match=message):
         torch.ops.lyra.soft_dtw_backward(**{**arguments, **change})
+
+
+@pytest.mark.slow  # a pair of more than 2^31 cells; no memory but for those of the band, in a file that is holes else
+def test_a_cell_may_be_more_than_2_31_cells_away(tmp_path) -> None:
+    n, w, gamma = 46_400, 3, 1.0
+    assert n * n > 2**31
+    cost = torch.from_file(str(tmp_path / "cost"), shared=True, size=n * n).view(1, n, n)
+    rows = torch.full((n, 2 * w + 1), math.inf, dtype=torch.float64)  # column k of row i is cell i, i + k - w
+    for k in range(2 * w + 1):
+        values = random(n - abs(k - w), seed=k).float()
+        cost[0].diagonal(k - w).copy_(values)
+        rows[max(w - k, 0) :, k][: len(values)] = values.double()
+    above = [math.inf] * w + [0.0] + [math.inf] * (w + 1)  # one row up, of which the first is entered diagonally
+    for row in rows.tolist():
+        here, left = [], math.inf
+        for k, price in enumerate(row):
+            least = min(above[k], above[k + 1], left)
+            if price < math.inf and least < math.inf:
+                ways = sum(math.exp((least - way) / gamma) for way in (above[k], above[k + 1], left))
+                left = price + least - gamma * math.log(ways)
+            else:
+                left = math.inf
+            here.append(left)
+        above = [*here, math.inf]
+    value = soft_dtw_from_cost(cost, gamma=gamma, band=w, backend="cpu")
+    assert value.item() == pytest.approx(here[w], rel=1e-6)

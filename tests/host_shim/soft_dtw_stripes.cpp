@@ -1,0 +1,34 @@
+// The sweeps of csrc/soft_dtw/stripes.h over one float32 pair, for ctypes: compiled once for each instruction set.
+#include "soft_dtw/stripes.h"
+
+using namespace lyra::soft_dtw_cpu;
+using Narrow = Soft<float, float>;
+
+// drop: by row, or null. grad: (n, m).
+extern "C" double sweep(const float* cost, int64_t n, int64_t m, double gamma, int64_t band, const float* drop,
+                        int store, float* grad, float* grad_drop) {
+  Pair pair;
+  pair.n = n;
+  pair.m = m;
+  pair.band = band;
+  pair.dropping = drop != nullptr;
+  const Plan plan(pair, record_bytes(store, pair.dropping));
+  std::vector<uint8_t> records(plan.bytes);
+  const Forward<float> f{pair, {cost, m, cost, cost + n * m}, drop, records.data(), store, gamma};
+  Narrow cell(gamma, pair);
+  Buffer<Narrow::State> arrived(m + kMargin, Narrow::zero());
+  arrived.data()[kReach - 1] = Narrow::origin();
+  pair.dropping ? forward_stripes<true>(f, cell, plan, 0, plan.count(), arrived.data(), nullptr)
+                : forward_stripes<false>(f, cell, plan, 0, plan.count(), arrived.data(), nullptr);
+
+  const int lane = (n - 1) % kLanes;
+  Buffer<Vec<float>> sent(m + kMargin, Vec<float>{});
+  Vec<float> origin = {};
+  lane + 1 < kLanes ? origin[lane + 1] = 1 : sent.data()[m - 1 + kBelow][0] = 1;
+  std::vector<double> entropy(plan.count());
+  const Backward<float> b{pair, grad, m, grad_drop, 1, records.data(), store, false};
+  pair.dropping
+      ? backward_stripes<true, false>(b, plan, 0, plan.count(), sent.data(), origin, entropy.data(), nullptr)
+      : backward_stripes<false, false>(b, plan, 0, plan.count(), sent.data(), origin, entropy.data(), nullptr);
+  return cell.value(arrived.data()[m + kSkew * lane], lane);
+}
