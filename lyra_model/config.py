@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, WhisperConfig
@@ -15,10 +16,15 @@ class LyraConfig(PreTrainedConfig):
         speech_config: configuration of the Whisper encoder.
         speech_token_id: id of the placeholder that stands for one speech token in ``input_ids``.
         frames_per_token: encoder frames stacked into one speech token; 5 turns 50 frames/s into 10 tokens/s.
+        projector: what makes speech tokens of encoder frames: "mlp", the published one of two layers, or "vocabulary",
+            a mixture of the language model's embeddings (:class:`lyra_model.vocabulary.VocabularyProjector`).
         projector_hidden_size: hidden width of the two-layer projector.
         window_seconds: longest piece of audio encoded at once; longer audio is cut into such windows.
         pad_seconds: a window is padded with silence to the next multiple of this. Whisper was trained with 30; 6 is
             several times faster on short questions at almost the same features.
+        reader_prompt: of "vocabulary": ids that Whisper's decoder has before it as it reads a speech token.
+        reader_frames: of "vocabulary": encoder frames before and after those of the speech token that it attends to.
+        reader_vocabulary: of "vocabulary": number of Whisper's text tokens, the first of its vocabulary.
 
     ``frames_per_token`` 5, ``projector_hidden_size`` 2048 and 30 s windows are the published model's
     (Lyra, arXiv 2412.09501, section 3.4; code of dvlab-research/Lyra).
@@ -34,9 +40,13 @@ class LyraConfig(PreTrainedConfig):
         *,
         speech_token_id: int = 0,
         frames_per_token: int = 5,
+        projector: str = "mlp",
         projector_hidden_size: int = 2048,
         window_seconds: float = 30.0,
         pad_seconds: float = 30.0,
+        reader_prompt: Sequence[int] = (),
+        reader_frames: tuple[int, int] = (5, 20),
+        reader_vocabulary: int = 0,
         **kwargs,
     ):
         if isinstance(text_config, dict):
@@ -47,9 +57,20 @@ class LyraConfig(PreTrainedConfig):
         self.speech_config = WhisperConfig() if speech_config is None else speech_config
         self.speech_token_id = speech_token_id
         self.frames_per_token = frames_per_token
+        if projector not in ("mlp", "vocabulary"):
+            raise ValueError(f"projector: got {projector!r}, expected 'mlp' or 'vocabulary'")
+        if projector == "vocabulary" and not (reader_prompt and reader_vocabulary):
+            raise ValueError(
+                "projector: 'vocabulary' needs reader_prompt and reader_vocabulary, got "
+                f"{list(reader_prompt)} and {reader_vocabulary}"
+            )
+        self.projector = projector
         self.projector_hidden_size = projector_hidden_size
         self.window_seconds = window_seconds
         self.pad_seconds = pad_seconds
+        self.reader_prompt = list(reader_prompt)
+        self.reader_frames = list(reader_frames)
+        self.reader_vocabulary = reader_vocabulary
         super().__init__(**kwargs)
 
     def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:

@@ -1,4 +1,4 @@
-"""Reads the Whisper encoder out of a CTranslate2 model file.
+"""Reads the Whisper encoder and decoder out of a CTranslate2 model file.
 
 CTranslate2 (OpenNMT/CTranslate2, ``model_spec.py``) stores a converted model in one file, little-endian:
 
@@ -12,6 +12,7 @@ where a string is a u16 length followed by that many bytes, the last of them zer
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -54,41 +55,85 @@ def read_variables(path: str | Path, prefix: str = "") -> dict[str, np.ndarray]:
 
 def read_whisper_encoder(path: str | Path) -> dict[str, Tensor]:
     """Returns the float32 ``state_dict`` of the ``WhisperEncoder`` of transformers stored in a CTranslate2 file."""
-    variables = read_variables(path, "encoder/")
-
-    def weight(name: str) -> np.ndarray:
-        if variables[name].dtype not in (np.float16, np.float32):
-            raise ValueError(f"{path}: {name} is {variables[name].dtype}, expected float16 or float32 (not quantised)")
-        return variables[name].astype(np.float32)
-
-    state = {"embed_positions.weight": weight("encoder/position_encodings/encodings")}
+    stack = _Stack(path, "encoder")
+    stack.state["embed_positions.weight"] = stack.weight("position_encodings/encodings")
     for conv in ("conv1", "conv2"):
-        state[f"{conv}.weight"] = weight(f"encoder/{conv}/weight")
-        state[f"{conv}.bias"] = weight(f"encoder/{conv}/bias")
+        stack.linear(conv, conv)
+    for layer in stack.layers():
+        stack.self_attention(layer)
+        stack.feed_forward(layer)
+    return stack.tensors()
 
-    def norm(theirs: str, ours: str) -> None:
-        state[f"{ours}.weight"], state[f"{ours}.bias"] = weight(f"{theirs}/gamma"), weight(f"{theirs}/beta")
 
-    def linear(theirs: str, ours: str) -> None:
-        state[f"{ours}.weight"], state[f"{ours}.bias"] = weight(f"{theirs}/weight"), weight(f"{theirs}/bias")
+def read_whisper_decoder(path: str | Path) -> dict[str, Tensor]:
+    """Returns the float32 ``state_dict`` of the ``WhisperDecoder`` of transformers stored in a CTranslate2 file."""
+    stack = _Stack(path, "decoder")
+    stack.state["embed_tokens.weight"] = stack.weight("embeddings/weight")
+    stack.state["embed_positions.weight"] = stack.weight("position_encodings/encodings")
+    for layer in stack.layers():
+        stack.self_attention(layer)
+        stack.cross_attention(layer)
+        stack.feed_forward(layer)
+    return stack.tensors()
 
-    layer = 0
-    while f"encoder/layer_{layer}/ffn/layer_norm/gamma" in variables:
-        theirs, ours = f"encoder/layer_{layer}", f"layers.{layer}"
-        norm(f"{theirs}/self_attention/layer_norm", f"{ours}.self_attn_layer_norm")
-        # linear_0 holds the query, key and value projections on top of each other; Whisper's key has no bias.
-        q, k, v = np.split(weight(f"{theirs}/self_attention/linear_0/weight"), 3)
-        q_bias, _, v_bias = np.split(weight(f"{theirs}/self_attention/linear_0/bias"), 3)
-        state |= {f"{ours}.self_attn.q_proj.weight": q, f"{ours}.self_attn.q_proj.bias": q_bias}
-        state |= {f"{ours}.self_attn.k_proj.weight": k}
-        state |= {f"{ours}.self_attn.v_proj.weight": v, f"{ours}.self_attn.v_proj.bias": v_bias}
-        linear(f"{theirs}/self_attention/linear_1", f"{ours}.self_attn.out_proj")
-        norm(f"{theirs}/ffn/layer_norm", f"{ours}.final_layer_norm")
-        linear(f"{theirs}/ffn/linear_0", f"{ours}.fc1")
-        linear(f"{theirs}/ffn/linear_1", f"{ours}.fc2")
-        layer += 1
-    norm("encoder/layer_norm", "layer_norm")
-    return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in state.items()}
+
+class _Stack:
+    """The layers of an encoder or a decoder on their way from CTranslate2's names to those of transformers."""
+
+    def __init__(self, path: str | Path, name: str):
+        self.path, self.name = path, name
+        self.variables = read_variables(path, f"{name}/")
+        self.state: dict[str, np.ndarray] = {}
+
+    def weight(self, name: str) -> np.ndarray:
+        value = self.variables[f"{self.name}/{name}"]
+        if value.dtype not in (np.float16, np.float32):
+            raise ValueError(
+                f"{self.path}: {self.name}/{name} is {value.dtype}, expected float16 or float32 (not quantised)"
+            )
+        return value.astype(np.float32)
+
+    def layers(self) -> Iterator[int]:
+        layer = 0
+        while f"{self.name}/layer_{layer}/ffn/layer_norm/gamma" in self.variables:
+            yield layer
+            layer += 1
+
+    def norm(self, theirs: str, ours: str) -> None:
+        self.state[f"{ours}.weight"] = self.weight(f"{theirs}/gamma")
+        self.state[f"{ours}.bias"] = self.weight(f"{theirs}/beta")
+
+    def linear(self, theirs: str, *ours: str) -> None:
+        """One of theirs, or several of ours on top of each other; Whisper's key has no bias."""
+        weights = np.split(self.weight(f"{theirs}/weight"), len(ours))
+        biases = np.split(self.weight(f"{theirs}/bias"), len(ours))
+        for name, weight, bias in zip(ours, weights, biases, strict=True):
+            self.state[f"{name}.weight"] = weight
+            if not name.endswith("k_proj"):
+                self.state[f"{name}.bias"] = bias
+
+    def self_attention(self, layer: int) -> None:
+        theirs, ours = f"layer_{layer}/self_attention", f"layers.{layer}.self_attn"
+        self.norm(f"{theirs}/layer_norm", f"{ours}_layer_norm")
+        self.linear(f"{theirs}/linear_0", f"{ours}.q_proj", f"{ours}.k_proj", f"{ours}.v_proj")
+        self.linear(f"{theirs}/linear_1", f"{ours}.out_proj")
+
+    def cross_attention(self, layer: int) -> None:
+        theirs, ours = f"layer_{layer}/attention", f"layers.{layer}.encoder_attn"
+        self.norm(f"{theirs}/layer_norm", f"{ours}_layer_norm")
+        self.linear(f"{theirs}/linear_0", f"{ours}.q_proj")
+        self.linear(f"{theirs}/linear_1", f"{ours}.k_proj", f"{ours}.v_proj")
+        self.linear(f"{theirs}/linear_2", f"{ours}.out_proj")
+
+    def feed_forward(self, layer: int) -> None:
+        theirs, ours = f"layer_{layer}/ffn", f"layers.{layer}"
+        self.norm(f"{theirs}/layer_norm", f"{ours}.final_layer_norm")
+        self.linear(f"{theirs}/linear_0", f"{ours}.fc1")
+        self.linear(f"{theirs}/linear_1", f"{ours}.fc2")
+
+    def tensors(self) -> dict[str, Tensor]:
+        self.norm("layer_norm", "layer_norm")
+        return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in self.state.items()}
 
 
 def _unpack(file: BinaryIO, code: str) -> int:

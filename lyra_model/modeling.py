@@ -14,6 +14,7 @@ from lyra_ops import integrations
 
 from .config import LyraConfig
 from .speech import SpeechProjector, encode_windows
+from .vocabulary import VocabularyProjector
 
 ENCODER_BATCH = 8  # windows encoded at once: bounds the memory of hours of audio
 
@@ -42,7 +43,8 @@ class LyraForConditionalGeneration(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         self.speech_encoder = WhisperEncoder._from_config(config.speech_config)
-        self.speech_projector = SpeechProjector(config)
+        projector = VocabularyProjector if config.projector == "vocabulary" else SpeechProjector
+        self.speech_projector = projector(config)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -74,10 +76,10 @@ class LyraForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def get_speech_features(self, input_features: Tensor, feature_frames: Tensor, speech_tokens: Tensor) -> Tensor:
         """Returns the speech tokens of all windows one after the other: (sum of ``speech_tokens``, LLM width)."""
-        per_token = self.config.frames_per_token
+        per_token, dtype = self.config.frames_per_token, self.speech_projector.linear_1.weight.dtype
         frames = self.encode_speech(input_features, feature_frames)
-        kept = torch.cat([f[: n * per_token] for f, n in zip(frames, speech_tokens.tolist())])
-        return self.speech_projector(kept.to(self.speech_projector.linear_1.weight.dtype))
+        kept = [f[: n * per_token].to(dtype) for f, n in zip(frames, speech_tokens.tolist())]
+        return self.speech_projector(self.speech_projector.stack(kept))
 
     def embed(self, input_ids: Tensor, speech: Tensor | None = None) -> Tensor:
         """Embeds ``input_ids`` (B, L) and puts ``speech`` (S, LLM width), in order, at the S placeholders."""

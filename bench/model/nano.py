@@ -1,8 +1,8 @@
 """python -m bench.model.nano <table>: what the training of Nano Lyra rests on, measured small, several seeds.
 
 - eval: what `lyra eval` reports, with every reply, and the share of words heard by how often training held them.
-- size: word error rate of the vocabulary rows nearest to the speech tokens, after the align stage alone, against the
-  number of training utterances; on texts never seen and, for comparison, on some of those learned from.
+- size: word error rate of what the projector reads without the language model, after the align stage alone, against
+  the number of training utterances; on texts never seen and, for comparison, on some of those learned from.
 - reading: the same of trained weights (--model), on texts never seen and on the training texts from --start on: only a
   gap between the two speaks of too little data.
 - alignment: the same after as many steps with each loss of the align stage.
@@ -32,7 +32,6 @@ from pathlib import Path
 
 import jiwer
 import torch
-from safetensors.torch import load_file
 
 from bench.__main__ import HERE, commit, device_name, slug
 from lyra_model import evaluate, nano
@@ -40,10 +39,10 @@ from lyra_model.corpus import load_texts, words_of
 from lyra_model.features import Utterance, encode_folder, load_features
 from lyra_model.modeling import LyraForConditionalGeneration
 from lyra_model.processor import LyraProcessor
-from lyra_model.regularizer import ALIGNMENTS, nearest_tokens
+from lyra_model.regularizer import ALIGNMENTS
 from lyra_model.synthesis import synthesize_evaluation
 from lyra_model.targets import answer_questions
-from lyra_model.train import JointStage, Settings, batches, blank_id, pad_frames, train
+from lyra_model.train import JointStage, Settings, batches, pad_features, train
 
 REGULARIZERS = {
     "none": {"regularizer": 0.0},
@@ -142,11 +141,11 @@ def size(args: argparse.Namespace, base: Path, processor: LyraProcessor) -> list
 def reading(args: argparse.Namespace, base: Path, processor: LyraProcessor) -> list[dict]:
     model = fresh(base)
     folder = nano.TRAINED if args.model == "nano" else Path(args.model)
-    model.speech_projector.load_state_dict(load_file(folder / nano.PROJECTOR_FILE))
+    nano.load_projector(model, folder)
     rows = []
     for split, start in (("dev", 0), ("train", args.start)):
         utterances = load_features(encode_folder(args.cache / split, model, processor), args.limit, start)
-        rows.append({"texts": split, "utterances": len(utterances), **nearest(model, processor, utterances)})
+        rows.append({"texts": split, "utterances": len(utterances), **reads(model, utterances)})
         print(rows[-1])
     return rows
 
@@ -164,13 +163,21 @@ def alignment(args: argparse.Namespace, base: Path, processor: LyraProcessor) ->
 
 
 def aligned(args: argparse.Namespace, base: Path, processor: LyraProcessor, settings: Settings) -> dict:
-    """The align stage alone, and how well the nearest vocabulary rows read the speech tokens that it makes."""
+    """The align stage alone, and how well the projector then reads."""
     model = fresh(base)
     learned = load_features(encode_folder(args.cache / "train", model, processor), settings.utterances, settings.start)
     judged = load_features(encode_folder(args.cache / "dev", model, processor))[: args.limit]
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as out:
-        train(model, processor, learned, {}, dataclasses.replace(settings, joint_steps=0), Path(out))
+        train(
+            model,
+            processor,
+            nano.speech_tokenizer(),
+            learned,
+            {},
+            dataclasses.replace(settings, joint_steps=0),
+            Path(out),
+        )
     row = {
         "alignment": settings.alignment,
         "seed": settings.seed,
@@ -178,21 +185,18 @@ def aligned(args: argparse.Namespace, base: Path, processor: LyraProcessor, sett
         "steps": settings.align_steps,
         "batch": settings.align_batch,
         "seconds": round(time.monotonic() - began),
-        **nearest(model.eval(), processor, judged),
-        "word_error_rate learned": nearest(model, processor, learned[: args.limit])["word_error_rate"],
+        **reads(model.eval(), judged),
+        "word_error_rate learned": reads(model, learned[: args.limit])["word_error_rate"],
     }
     print(row, flush=True)
     return row
 
 
 @torch.inference_mode()
-def nearest(
-    model: LyraForConditionalGeneration, processor: LyraProcessor, utterances: list[Utterance]
-) -> dict[str, float]:
-    """Word error rate, in all and by voice, of the nearest vocabulary rows: no language model takes part."""
-    embedding = model.get_input_embeddings().weight
-    clips = [model.speech_projector(torch.from_numpy(u.frames.astype("float32"))) for u in utterances]
-    read = processor.tokenizer.batch_decode(nearest_tokens(clips, embedding, embedding[blank_id(processor)]))
+def reads(model: LyraForConditionalGeneration, utterances: list[Utterance]) -> dict[str, float]:
+    """Word error rate, in all and by voice, of the projector's own reading: no language model takes part."""
+    clips = [torch.from_numpy(u.stacked.astype("float32")) for u in utterances]
+    read = nano.speech_tokenizer().decode_batch([model.speech_projector.greedy(clip) for clip in clips])
     said: dict[str, tuple[list[str], list[str]]] = {}
     for utterance, heard in zip(utterances, read):
         for key in ("", f" {utterance.voice}"):
@@ -219,7 +223,7 @@ def regularizer(args: argparse.Namespace, base: Path, processor: LyraProcessor) 
                 continue
             model = copy.deepcopy(start)
             with tempfile.TemporaryDirectory() as out:
-                train(model, processor, utterances, answers, own, Path(out), init=args.init)
+                train(model, processor, nano.speech_tokenizer(), utterances, answers, own, Path(out), init=args.init)
                 log = [json.loads(line) for line in (Path(out) / "joint.jsonl").read_text().splitlines()]
             model.eval().to(torch.bfloat16)
             result = evaluate.repeat(model, processor, phrases)
@@ -234,7 +238,16 @@ def share(args: argparse.Namespace, base: Path, processor: LyraProcessor) -> lis
     """Median seconds of a joint step without regularizer, and of the regularizer, both forward and backward."""
     model, utterances, answers = joint_stage(args, base, processor)
     with tempfile.TemporaryDirectory() as out:  # gives the model its adapter
-        train(model, processor, utterances, answers, Settings(align_steps=0, joint_steps=1), Path(out), init=args.init)
+        train(
+            model,
+            processor,
+            nano.speech_tokenizer(),
+            utterances,
+            answers,
+            Settings(align_steps=0, joint_steps=1),
+            Path(out),
+            init=args.init,
+        )
     stages = {
         name: JointStage(model, processor, dataclasses.replace(Settings(), **own), answers)
         for name, own in REGULARIZERS.items()
@@ -243,11 +256,11 @@ def share(args: argparse.Namespace, base: Path, processor: LyraProcessor) -> lis
     seconds: dict[tuple[str, str], list[float]] = {}
     for step in range(1 + (args.steps or 15)):
         batch = next(data)
-        frames, lengths = pad_frames(batch, model.config.frames_per_token)
+        stacked, lengths = pad_features(batch)
         runs = {("none", ""): lambda batch=batch: stages["none"](batch)["loss"]}
         for name in ("published", "with dropping"):
             for backend in ("reference", "cpu"):
-                speech = model.speech_projector(frames).detach().requires_grad_()
+                speech = model.speech_projector(stacked).detach().requires_grad_()
                 runs[name, backend] = functools.partial(stages[name].regularizer, speech, batch, lengths, backend)
         for key, loss in runs.items():
             began = time.perf_counter()
