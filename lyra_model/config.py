@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import ClassVar
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, WhisperConfig
+
+ENCODER_FRAMES = 50  # per second, of Whisper
 
 
 class LyraConfig(PreTrainedConfig):
@@ -25,6 +28,7 @@ class LyraConfig(PreTrainedConfig):
         reader_prompt: of "vocabulary": ids that Whisper's decoder has before it as it reads a speech token.
         reader_frames: of "vocabulary": encoder frames before and after those of the speech token that it attends to.
         reader_vocabulary: of "vocabulary": number of Whisper's text tokens, the first of its vocabulary.
+        readings: of "vocabulary": how often speech is read, from the second time on as text; at least 1.
 
     ``frames_per_token`` 5, ``projector_hidden_size`` 2048 and 30 s windows are the published model's
     (Lyra, arXiv 2412.09501, section 3.4; code of dvlab-research/Lyra).
@@ -47,6 +51,7 @@ class LyraConfig(PreTrainedConfig):
         reader_prompt: Sequence[int] = (),
         reader_frames: tuple[int, int] = (5, 20),
         reader_vocabulary: int = 0,
+        readings: int = 3,
         **kwargs,
     ):
         if isinstance(text_config, dict):
@@ -64,6 +69,14 @@ class LyraConfig(PreTrainedConfig):
                 "projector: 'vocabulary' needs reader_prompt and reader_vocabulary, got "
                 f"{list(reader_prompt)} and {reader_vocabulary}"
             )
+        if readings < 1:
+            raise ValueError(f"readings: got {readings}, expected at least 1")
+        positions = len(reader_prompt) + math.ceil(window_seconds * ENCODER_FRAMES / frames_per_token)
+        if projector == "vocabulary" and positions > self.speech_config.max_target_positions:
+            raise ValueError(
+                f"window_seconds: got {window_seconds}, with {frames_per_token} frames per token up to {positions} "
+                f"tokens in a window; Whisper's decoder takes {self.speech_config.max_target_positions}"
+            )
         self.projector = projector
         self.projector_hidden_size = projector_hidden_size
         self.window_seconds = window_seconds
@@ -71,6 +84,7 @@ class LyraConfig(PreTrainedConfig):
         self.reader_prompt = list(reader_prompt)
         self.reader_frames = list(reader_frames)
         self.reader_vocabulary = reader_vocabulary
+        self.readings = readings
         super().__init__(**kwargs)
 
     def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:

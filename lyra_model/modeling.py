@@ -79,7 +79,7 @@ class LyraForConditionalGeneration(PreTrainedModel, GenerationMixin):
         per_token, dtype = self.config.frames_per_token, self.speech_projector.linear_1.weight.dtype
         frames = self.encode_speech(input_features, feature_frames)
         kept = [f[: n * per_token].to(dtype) for f, n in zip(frames, speech_tokens.tolist())]
-        return self.speech_projector(self.speech_projector.stack(kept))
+        return self.speech_projector(self.speech_projector.stack(kept), speech_tokens.tolist())
 
     def embed(self, input_ids: Tensor, speech: Tensor | None = None) -> Tensor:
         """Embeds ``input_ids`` (B, L) and puts ``speech`` (S, LLM width), in order, at the S placeholders."""

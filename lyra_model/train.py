@@ -1,8 +1,9 @@
-"""``lyra train``: trains the speech path of nano Lyra on synthetic speech, in two stages.
+"""``lyra train``: trains the speech path of nano Lyra on synthetic speech, in three stages.
 
-1. *align*: the projector alone, CTC between what it reads and the transcript, no language model pass: cheap.
-2. *joint*: projector and a small peft LoRA, cross-entropy of the reply + lambda * cross-modality regularizer
-   (Lyra, arXiv 2412.09501, equations 1 and 2) + the loss of the first stage. Replies: repeat what was said; answer a
+1. *align*: the projector's first reading, CTC between it and the transcript, no language model pass: cheap.
+2. *reread*: the same for its second reading, which takes the first one as it is.
+3. *joint*: projector and a small peft LoRA, cross-entropy of the reply + lambda * cross-modality regularizer
+   (Lyra, arXiv 2412.09501, equations 1 and 2) + the loss of the first stages. Replies: repeat what was said; answer a
    question as the language model itself answers it when it is typed.
 """
 
@@ -13,7 +14,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ ADAPTER = "speech"
 CHECKPOINT_STEPS = 200
 NEGATIVES = 2000  # random tokens that a speech token is told apart from
 MISTAKEN, MISTAKES = 256, 6  # speech tokens of a step, and the likeliest of each, that are added to them
+READINGS = (("linear_1", "linear_2"), ("linear_3", "linear_4"))  # layers of the projector's two readings
 SPAN = 50  # batches sorted by length together: little padding, still random order
 
 
@@ -60,11 +62,14 @@ class Settings:
     align_steps: int = _setting(1600, "optimizer steps of the align stage; 0 leaves it out")
     align_batch: int = _setting(64, "utterances per step of the align stage")
     align_lr: float = _setting(1e-3, "peak learning rate of the align stage")
+    reread_steps: int = _setting(
+        800, "optimizer steps of the reread stage, in batches of the align stage; 0 leaves it out"
+    )
     alignment: str = _setting("ctc", "loss of the align stage: ctc, soft_dtw or drop_dtw")
-    joint_steps: int = _setting(500, "optimizer steps of the joint stage; 0 leaves it out")
+    joint_steps: int = _setting(700, "optimizer steps of the joint stage; 0 leaves it out")
     joint_batch: int = _setting(16, "utterances per step of the joint stage")
     joint_lr: float = _setting(1e-3, "peak learning rate of the adapter")
-    question_repeats: int = _setting(3, "times a question is drawn in a round of the joint stage, others once")
+    question_repeats: int = _setting(5, "times a question is drawn in a round of the joint stage, others once")
     # Lower than the adapter's, so that the projector keeps what the align stage prepared.
     projector_lr: float = _setting(2e-4, "peak learning rate of the projector in the joint stage")
     regularizer: float = _setting(0.5, "lambda, weight of the cross-modality regularizer; 0 leaves it out")
@@ -79,36 +84,51 @@ class Settings:
 
 
 class AlignStage(nn.Module):
-    """Pre-alignment of the projector, in the vocabulary of its own that it reads speech in."""
+    """Pre-alignment of the projector, in the vocabulary of its own that it reads speech in: of one of its readings."""
 
-    def __init__(self, model: LyraForConditionalGeneration, speech_tokenizer: Tokenizer, settings: Settings):
+    def __init__(
+        self, model: LyraForConditionalGeneration, speech_tokenizer: Tokenizer, settings: Settings, reading: int = 0
+    ):
         super().__init__()
         if not isinstance(model.speech_projector, VocabularyProjector):
             raise ValueError(
-                f"align_steps, joint_alignment: got {settings.align_steps} and {settings.joint_alignment}, expected 0 "
-                f"for a model with the {model.config.projector!r} projector, which has no vocabulary"
+                f"align_steps, reread_steps, joint_alignment: got {settings.align_steps}, {settings.reread_steps} and "
+                f"{settings.joint_alignment}, expected 0 for a model with the {model.config.projector!r} projector, "
+                "which has no vocabulary"
             )
         self.projector = model.speech_projector
         self.tokenizer = speech_tokenizer
         self.method = settings.alignment
+        self.reading = reading
 
     def forward(self, batch: list[Utterance]) -> dict[str, Tensor]:
-        stacked, lengths = pad_features(batch)
+        stacked, lengths = join_features(batch)
+        reading = self.projector.read(stacked)
+        if self.reading:
+            reading = self.projector.reread(stacked, reading, reading, lengths)
+        return {"loss": self.loss(batch, lengths, *reading)}
+
+    def loss(self, batch: list[Utterance], lengths: list[int], state: Tensor, blank: Tensor) -> Tensor:
+        """Of a reading of ``batch``."""
         # As Whisper was taught: every word after a space, the first one too.
         said = [torch.tensor(self.tokenizer.encode(f" {u.text}", add_special_tokens=False).ids) for u in batch]
-        classes, targets = self.classes(stacked[torch.arange(stacked.shape[1]) < lengths[:, None]], torch.cat(said))
-        log_probs = self.projector.log_probs(stacked, classes)
-        transcripts = (targets + 1).split([len(ids) for ids in said])
-        return {"loss": alignment_loss(log_probs, transcripts, lengths, method=self.method)}
+        classes, targets = self.classes(state, blank, torch.cat(said))
+        log_probs = self.projector.log_probs(state, blank, classes)
+        return alignment_loss(
+            pad_sequence(log_probs.split(lengths), batch_first=True),
+            (targets + 1).split([len(ids) for ids in said]),
+            torch.tensor(lengths),
+            method=self.method,
+        )
 
-    def classes(self, stacked: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def classes(self, state: Tensor, blank: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """The tokens to tell apart: the batch's own, random ones, and those that some of the speech tokens are mistaken
         for; and where among them the ``targets`` are."""
-        blank = self.projector.blank
-        some = stacked[torch.randint(len(stacked), (MISTAKEN,))]
-        mistaken = self.projector.likeliest(*self.projector.read(some), count=MISTAKES).flatten()
-        random = torch.randint(blank, (NEGATIVES,))
-        classes, places = torch.cat([targets, mistaken[mistaken < blank], random]).unique(return_inverse=True)
+        text = self.projector.blank
+        some = torch.randint(len(state), (MISTAKEN,))
+        mistaken = self.projector.likeliest(state[some], blank[some], count=MISTAKES).flatten()
+        random = torch.randint(text, (NEGATIVES,))
+        classes, places = torch.cat([targets, mistaken[mistaken < text], random]).unique(return_inverse=True)
         return classes, places[: len(targets)]
 
 
@@ -133,11 +153,14 @@ class JointStage(nn.Module):
 
     def forward(self, batch: list[Utterance]) -> dict[str, Tensor]:
         model, settings = self.model, self.settings
-        stacked, lengths = pad_features(batch)
-        speech = model.speech_projector(stacked)
-        ids, labels = self.prompts(batch, lengths.tolist())
-        kept = torch.arange(speech.shape[1]) < lengths[:, None]
-        embeds = model.embed(ids, speech[kept])
+        stacked, lengths = join_features(batch)
+        if self.align:
+            readings = model.speech_projector.readings(stacked, lengths)
+            speech = model.speech_projector.mixture(*readings[-1])
+        else:
+            speech = model.speech_projector(stacked, lengths)
+        ids, labels = self.prompts(batch, lengths)
+        embeds = model.embed(ids, speech)
         with disable_input_dtype_casting(model):
             hidden = model.language_model.get_decoder()(
                 inputs_embeds=embeds, attention_mask=(ids != self.tokenizer.pad_token_id).long(), use_cache=False
@@ -147,22 +170,21 @@ class JointStage(nn.Module):
         cross_entropy = nn.functional.cross_entropy(logits.float(), labels[:, 1:][reply])
         losses = {"cross_entropy": cross_entropy, "loss": cross_entropy}
         if settings.regularizer:
-            losses["regularizer"] = self.regularizer(speech, batch, lengths)
+            losses["regularizer"] = self.regularizer(speech.split(lengths), batch)
             losses["loss"] = losses["loss"] + settings.regularizer * losses["regularizer"]
         if self.align:
-            losses["alignment"] = self.align(batch)["loss"]
+            ends = [self.align.loss(batch, lengths, *reading) for reading in (readings[0], readings[-1])]
+            losses["alignment"] = sum(ends) / 2
             losses["loss"] = losses["loss"] + settings.joint_alignment * losses["alignment"]
         return losses
 
-    def regularizer(
-        self, speech: Tensor, batch: list[Utterance], lengths: Tensor, backend: str | None = None
-    ) -> Tensor:
-        """The cross-modality regularizer between the speech tokens (B, N, d) and what was said."""
+    def regularizer(self, speech: Sequence[Tensor], batch: list[Utterance], backend: str | None = None) -> Tensor:
+        """The cross-modality regularizer between the speech tokens (N, d) of each utterance and what was said."""
         said = [torch.tensor(self.tokenizer(u.text, add_special_tokens=False)["input_ids"]) for u in batch]
         return cross_modality_loss(
-            speech,
+            pad_sequence(speech, batch_first=True),
             self.model.get_input_embeddings()(pad_sequence(said, batch_first=True)).detach(),
-            lengths,
+            torch.tensor([len(s) for s in speech]),
             torch.tensor([len(s) for s in said]),
             temperature=self.settings.temperature,
             gamma=self.settings.gamma,
@@ -190,10 +212,10 @@ class JointStage(nn.Module):
         )
 
 
-def pad_features(batch: list[Utterance]) -> tuple[Tensor, Tensor]:
-    """Returns (B, N, width) float32 features padded with zeros and the (B,) number of speech tokens."""
+def join_features(batch: list[Utterance]) -> tuple[Tensor, list[int]]:
+    """All features (T, width) one after the other, in float32, and the number of speech tokens of each utterance."""
     rows = [torch.from_numpy(u.stacked.astype(np.float32)) for u in batch]
-    return pad_sequence(rows, batch_first=True), torch.tensor([len(r) for r in rows])
+    return torch.cat(rows), [len(r) for r in rows]
 
 
 def batches(utterances: list[Utterance], size: int, seed: int) -> Iterator[list[Utterance]]:
@@ -331,11 +353,13 @@ def train(
         nano.load_projector(model, init)
     else:
         model.speech_projector.reset()
-    unfreeze(model.speech_projector)
-    if settings.align_steps:
-        stage = AlignStage(model, speech_tokenizer, settings)
-        data = batches(utterances, settings.align_batch, settings.seed)
-        fit(stage, data, steps=settings.align_steps, lr=settings.align_lr, out=out, name="align")
+    for reading, (name, steps) in enumerate((("align", settings.align_steps), ("reread", settings.reread_steps))):
+        if steps:
+            stage = AlignStage(model, speech_tokenizer, settings, reading)
+            stage.requires_grad_(False)
+            unfreeze(model.speech_projector, READINGS[reading])
+            data = batches(utterances, settings.align_batch, settings.seed + 2 * reading)
+            fit(stage, data, steps=steps, lr=settings.align_lr, out=out, name=name)
     trained = init if init and (init / "adapter_config.json").exists() else None
     if trained:
         settings = dataclasses.replace(settings, lora_rank=LoraConfig.from_pretrained(trained).r)
@@ -391,6 +415,7 @@ def learning(projector: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, p) for name, p in projector.named_parameters() if name.startswith("linear_")]
 
 
-def unfreeze(projector: nn.Module) -> None:
-    for _, parameter in learning(projector):
-        parameter.requires_grad_(True)
+def unfreeze(projector: nn.Module, layers: tuple[str, ...] = ("linear_",)) -> None:
+    for name, parameter in learning(projector):
+        if name.startswith(layers):
+            parameter.requires_grad_(True)

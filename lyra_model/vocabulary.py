@@ -4,30 +4,44 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers.models.whisper.modeling_whisper import WhisperDecoder
 
 from .config import LyraConfig
 
 CHUNK = 512  # speech tokens read at once: bounds the memory of logits over the vocabulary
+WINDOWS = 16  # windows of audio read again at once
 MIXED = 8  # vocabulary rows in the mixture of a speech token
 STATE_SCALE = 0.25  # the decoder's states are some ten times larger than the encoder's frames
+BLANK_SCALE = 0.1
 BLANK_LOGIT = 17.0  # the median of the likeliest token's logit with z = 0: half of the speech tokens begin as blanks
 
 
 class VocabularyProjector(nn.Module):
-    """Reads every speech token with one step of Whisper's decoder and gives what was read to the language model.
+    """Reads every speech token with Whisper's decoder and gives what was read to the language model.
 
-    For speech token t, of the encoder frames x_5t .. x_5t+4::
+    For speech token t, of the encoder frames x_5t .. x_5t+4, first::
 
         h_t      = decoder state behind ``config.reader_prompt``, attending to ``config.reader_frames`` around t alone
         z_t, b_t = linear_2(relu(linear_1([x_5t; ..; x_5t+4; h_t])))
         p_t      = softmax([(h_t + z_t) W^T, b_t])         over Whisper's text vocabulary W and a blank
+
+    then ``config.readings - 1`` times, every time with v_t = argmax p_t of the reading before::
+
+        g_t      = decoder state behind the prompt and all text in v_1 .. v_t-1, attending to the whole window
+        y_t, c_t = linear_4(relu(linear_3([h_t + z_t; g_t; b_t])))
+        p_t      = softmax([((h_t + z_t + g_t) / 2 + y_t) W^T, b_t + c_t])
+
+    and in the end::
+
         s_t      = sum_v p_tv rows_v                       over the ``MIXED`` likeliest
 
-    where rows_v is the language model's embedding of the text of Whisper's token v, the blank's that of a space. There
-    is no decoding: a speech token does not depend on what was read for another, and there are ten of them per second
-    whatever was said. Only ``linear_1`` and ``linear_2`` learn, and they begin at z = 0. A projector that has to find
-    the embeddings by itself hears the words of its own training alone; Whisper's decoder knows all of them.
+    where rows_v is the language model's embedding of the text of Whisper's token v, the blank's that of a space. The
+    text in v leaves out blanks and repeats; a repeat has the g of the token that it repeats. There is no decoding: a
+    reading runs over all speech tokens at once, and there are ten of them per second whatever was said. The first
+    reading hears a moment of sound, the others also know the sentence around it. Only the linear layers learn, and
+    they begin at z = y = c = 0. A projector that has to find the embeddings by itself hears the words of its own
+    training alone; Whisper's decoder knows all of them.
     """
 
     def __init__(self, config: LyraConfig):
@@ -37,9 +51,12 @@ class VocabularyProjector(nn.Module):
         self.frames_before, self.frames_after = config.reader_frames
         self.decoder = WhisperDecoder._from_config(speech).requires_grad_(False)
         self.prompt = list(config.reader_prompt)
+        self.count = config.readings
         self.rows = nn.Embedding(config.reader_vocabulary + 1, config.text_config.hidden_size).requires_grad_(False)
         self.linear_1 = nn.Linear(speech.d_model * (config.frames_per_token + 1), config.projector_hidden_size)
         self.linear_2 = nn.Linear(config.projector_hidden_size, speech.d_model + 1)
+        self.linear_3 = nn.Linear(speech.d_model * 2 + 1, config.projector_hidden_size // 2)
+        self.linear_4 = nn.Linear(config.projector_hidden_size // 2, speech.d_model + 1)
         self.dropout = nn.Dropout(0.0)
 
     @torch.no_grad()
@@ -56,10 +73,11 @@ class VocabularyProjector(nn.Module):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Where training begins: z = 0."""
-        self.linear_1.reset_parameters()
-        nn.init.zeros_(self.linear_2.weight)
-        nn.init.zeros_(self.linear_2.bias)
+        """Where training begins: z = y = c = 0."""
+        for hidden, last in ((self.linear_1, self.linear_2), (self.linear_3, self.linear_4)):
+            hidden.reset_parameters()
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
         self.linear_2.bias[-1] = BLANK_LOGIT
 
     @property
@@ -89,22 +107,70 @@ class VocabularyProjector(nn.Module):
         return torch.cat([torch.cat(stacked), torch.cat(states)], dim=-1)
 
     def read(self, stacked: Tensor) -> tuple[Tensor, Tensor]:
-        """(..., width) -> h + z (..., d), in the space of Whisper's embeddings, and the logit of the blank (..., 1)."""
-        state = stacked[..., -self.decoder.config.d_model :] / STATE_SCALE
+        """(T, width) -> h + z (T, d), in the space of Whisper's embeddings, and the logit of the blank (T, 1)."""
+        state = stacked[:, -self.decoder.config.d_model :] / STATE_SCALE
         correction, blank = self.linear_2(torch.relu(self.linear_1(self.dropout(stacked)))).tensor_split((-1,), dim=-1)
         return state + correction, blank
 
-    def log_probs(self, stacked: Tensor, classes: Tensor) -> Tensor:
-        """(..., width) -> (..., 1 + C) log-probabilities of the blank and the C ``classes``, among these alone."""
-        state, blank = self.read(stacked)
+    def reread(
+        self, stacked: Tensor, first: tuple[Tensor, Tensor], last: tuple[Tensor, Tensor], lengths: list[int]
+    ) -> tuple[Tensor, Tensor]:
+        """The next reading of windows of ``lengths`` speech tokens, after the ``first`` and the ``last`` one."""
+        state, blank = first
+        context = self.context(stacked, self.likeliest(*last, count=1)[:, 0], lengths)
+        known = torch.cat([STATE_SCALE * state, STATE_SCALE * context, BLANK_SCALE * blank], dim=-1)
+        correction, more = self.linear_4(torch.relu(self.linear_3(self.dropout(known)))).tensor_split((-1,), dim=-1)
+        return (state + context) / 2 + correction, blank + more
+
+    def readings(self, stacked: Tensor, lengths: list[int]) -> list[tuple[Tensor, Tensor]]:
+        """All of them, as :meth:`read` gives one."""
+        readings = [self.read(stacked)]
+        while len(readings) < self.count:
+            readings.append(self.reread(stacked, readings[0], readings[-1], lengths))
+        return readings
+
+    @torch.no_grad()
+    def context(self, stacked: Tensor, read: Tensor, lengths: list[int]) -> Tensor:
+        """The decoder's states g (T, d), given the token ``read`` (T,) for each speech token."""
+        decoder, width = self.decoder, self.decoder.config.d_model
+        states = []
+        windows = list(zip(stacked[:, : self.frames_per_token * width].split(lengths), read.split(lengths)))
+        for group in (windows[i : i + WINDOWS] for i in range(0, len(windows), WINDOWS)):
+            frames = [own.reshape(-1, width) for own, _ in group]
+            texts, places = zip(*(self._text(own) for _, own in group))
+            ids = pad_sequence(texts, batch_first=True)
+            hidden = decoder.embed_tokens(ids) + decoder.embed_positions.weight[: ids.shape[1]]
+            lowest = torch.finfo(hidden.dtype).min
+            causal = torch.full((ids.shape[1], ids.shape[1]), lowest, dtype=hidden.dtype, device=hidden.device).triu(1)
+            padded = pad_sequence([torch.zeros_like(own[:, 0]) for own in frames], True, padding_value=lowest)
+            encoded = pad_sequence(frames, batch_first=True)
+            for layer in decoder.layers:
+                hidden = layer(
+                    hidden, causal[None, None], encoded, encoder_attention_mask=padded[:, None, None], use_cache=False
+                )
+            hidden = decoder.layer_norm(hidden)
+            states += [own[place] for own, place in zip(hidden, places)]
+        return torch.cat(states)
+
+    def _text(self, read: Tensor) -> tuple[Tensor, Tensor]:
+        """The prompt and what one window's tokens say, and for each token the place of the state that it is read by."""
+        text = read != self.blank
+        new = text & (read != torch.cat([read.new_full((1,), self.blank), read[:-1]]))
+        ids = torch.cat([torch.tensor(self.prompt, device=read.device), read[new]])
+        return ids, new.cumsum(0) - text.long() + len(self.prompt) - 1
+
+    def log_probs(self, state: Tensor, blank: Tensor, classes: Tensor) -> Tensor:
+        """(T, 1 + C) log-probabilities of the blank and the C ``classes``, among these alone, in a reading."""
         logits = nn.functional.linear(state, self.decoder.embed_tokens.weight[classes])
         return torch.cat([blank, logits], dim=-1).float().log_softmax(-1)
 
-    def forward(self, stacked: Tensor) -> Tensor:
-        """(..., width) -> (..., LLM width) speech tokens."""
-        state, blank = self.read(stacked)
-        chunks = zip(state.reshape(-1, state.shape[-1]).split(CHUNK), blank.reshape(-1, 1).split(CHUNK))
-        return torch.cat([self._mix(*chunk) for chunk in chunks]).reshape(*stacked.shape[:-1], -1)
+    def forward(self, stacked: Tensor, lengths: list[int]) -> Tensor:
+        """(T, width) of windows of ``lengths`` speech tokens, one after the other -> (T, LLM width) speech tokens."""
+        return self.mixture(*self.readings(stacked, lengths)[-1])
+
+    def mixture(self, state: Tensor, blank: Tensor) -> Tensor:
+        """A reading -> (T, LLM width) speech tokens."""
+        return torch.cat([self._mix(*chunk) for chunk in zip(state.split(CHUNK), blank.split(CHUNK))])
 
     def _mix(self, state: Tensor, blank: Tensor) -> Tensor:
         likeliest = self.likeliest(state, blank, MIXED)
@@ -121,7 +187,7 @@ class VocabularyProjector(nn.Module):
         text = nn.functional.linear(state, self.decoder.embed_tokens.weight[: self.blank])
         return torch.cat([text, blank], dim=-1).topk(min(count, self.blank + 1)).indices
 
-    def greedy(self, stacked: Tensor) -> list[int]:
-        """Reads one clip (N, width) without the language model: likeliest tokens, repeats merged, blanks dropped."""
-        best = self.likeliest(*self.read(stacked), count=1)[:, 0]
+    def greedy(self, stacked: Tensor, reading: int = -1) -> list[int]:
+        """What a reading of one window (N, width) says: its likeliest tokens, without repeats and blanks."""
+        best = self.likeliest(*self.readings(stacked, [len(stacked)])[reading], count=1)[:, 0]
         return [token for token in torch.unique_consecutive(best).tolist() if token != self.blank]

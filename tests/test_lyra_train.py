@@ -15,7 +15,9 @@ from lyra_model import train as training
 from lyra_model.features import Utterance, load_features
 from lyra_model.regularizer import alignment_loss, cross_modality_loss
 
-SETTINGS = training.Settings(align_steps=12, align_batch=4, joint_steps=12, joint_batch=4, align_lr=1e-2, joint_lr=1e-2)
+SETTINGS = training.Settings(
+    align_steps=12, reread_steps=12, align_batch=4, joint_steps=12, joint_batch=4, align_lr=1e-2, joint_lr=1e-2
+)
 
 
 @pytest.fixture(scope="module")
@@ -69,12 +71,14 @@ def test_each_stage_trains_what_it_should(tiny, utterances, tmp_path):
     before = copy.deepcopy(tiny[0].state_dict())
     after = run(tiny, utterances, tmp_path)
     assert all(torch.equal(before[n], p) for n, p in tiny[0].state_dict().items()), "the model handed in was changed"
-    aligned = torch.load(tmp_path / "align.pt")["weights"]
-    for name, weight in aligned.items():
-        trained = after[f"speech_{name}"]
-        assert not torch.equal(weight, trained), f"{name} rests in the joint stage"
+    for stage, layers in (("align", ("linear_1", "linear_2")), ("reread", ("linear_3", "linear_4"))):
+        aligned = torch.load(tmp_path / f"{stage}.pt")["weights"]
+        assert aligned.keys() == {f"projector.{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
+        for name, weight in aligned.items():
+            trained = after[f"speech_{name}"]
+            assert not torch.equal(weight, trained), f"{name} rests in the joint stage"
     assert all(p.abs().max() > 0 for n, p in after.items() if "lora_B" in n), "an adapter rests"
-    for name in ("align", "joint"):
+    for name in ("align", "reread", "joint"):
         rows = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
         assert rows[-1]["step"] == 12
     assert {p.name for p in tmp_path.iterdir()} >= {
@@ -85,7 +89,7 @@ def test_each_stage_trains_what_it_should(tiny, utterances, tmp_path):
     }
 
 
-@pytest.mark.parametrize(("stage", "steps"), [(0, 6), (1, 9)])
+@pytest.mark.parametrize(("stage", "steps"), [(0, 6), (1, 9), (2, 9)])
 def test_a_stopped_run_resumes_to_the_same_weights(tiny, utterances, tmp_path, stage, steps, monkeypatch):
     monkeypatch.setattr(training, "CHECKPOINT_STEPS", 4)
     whole = run(tiny, utterances, tmp_path / "whole")
@@ -109,7 +113,9 @@ def test_the_adapter_learns_in_float32_beside_a_bfloat16_model(tiny, utterances,
 def test_init_goes_on_from_the_trained_weights(tiny, utterances, tmp_path):
     """A step of almost no length leaves the weights of the folder, whatever the rank asked for."""
     first = run(tiny, utterances, tmp_path / "first")
-    crawl = dataclasses.replace(SETTINGS, align_steps=0, joint_steps=1, joint_lr=1e-12, projector_lr=1e-12, lora_rank=3)
+    crawl = dataclasses.replace(
+        SETTINGS, align_steps=0, reread_steps=0, joint_steps=1, joint_lr=1e-12, projector_lr=1e-12, lora_rank=3
+    )
     second = run(tiny, utterances, tmp_path / "second", init=tmp_path / "first", settings=crawl)
     assert first.keys() == second.keys()
     for name, weight in first.items():
@@ -133,7 +139,7 @@ def test_init_and_the_align_stage_alone_keep_the_adapter(tiny, utterances, tmp_p
 def test_init_from_a_projector_alone_begins_a_new_adapter(tiny, utterances, tmp_path):
     run(tiny, utterances, tmp_path / "aligned", settings=dataclasses.replace(SETTINGS, joint_steps=0))
     assert not (tmp_path / "aligned" / "adapter_config.json").exists()
-    joint = dataclasses.replace(SETTINGS, align_steps=0)
+    joint = dataclasses.replace(SETTINGS, align_steps=0, reread_steps=0)
     after = run(tiny, utterances, tmp_path / "joint", init=tmp_path / "aligned", settings=joint)
     assert not (tmp_path / "joint" / "align.pt").exists()
     assert any("lora_B" in name and weight.abs().max() > 0 for name, weight in after.items())
@@ -183,5 +189,5 @@ def test_unknown_alignment_is_refused():
 
 
 def test_the_align_stage_needs_a_projector_with_a_vocabulary(utterances, tmp_path):
-    with pytest.raises(ValueError, match=r"align_steps, joint_alignment: got 12 and 1.0, .* the 'mlp' projector"):
+    with pytest.raises(ValueError, match=r"align_steps, .*: got 12, 12 and 1.0, .* the 'mlp' projector"):
         run(tiny_lyra("mlp"), utterances, tmp_path / "out")

@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("transformers")
 from lyra_models import ALPHABET, tiny_lyra, tiny_speech_tokenizer
 
-from lyra_model import vocabulary
+from lyra_model import LyraConfig, vocabulary
 
 
 @pytest.fixture
@@ -15,7 +15,8 @@ def projector():
     texts = [*(tiny_speech_tokenizer().decode([t]) or " " for t in range(len(ALPHABET))), " "]
     ids = processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
     model.speech_projector.begin(model.get_input_embeddings().weight, ids)
-    torch.nn.init.normal_(model.speech_projector.linear_2.weight, std=0.3)
+    for layer in (model.speech_projector.linear_2, model.speech_projector.linear_4):
+        torch.nn.init.normal_(layer.weight, std=0.3)
     model.speech_projector.linear_2.bias.data[-1] = 0.1
     return model.speech_projector
 
@@ -44,19 +45,67 @@ def test_stack_reads_the_frames_around_each_token_of_its_own_window(projector, l
     torch.testing.assert_close(got, torch.cat([frames, 0.25 * read], -1), rtol=1e-4, atol=1e-5)
 
 
+def logits_of(projector, state, blank):
+    return torch.cat([state @ projector.decoder.embed_tokens.weight[: len(ALPHABET)].T, blank], -1)
+
+
+def first_reading(projector, stacked):
+    z = projector.linear_2(torch.relu(projector.linear_1(stacked)))
+    return 4 * stacked[:, 120:] + z[:, :24], z[:, 24:]
+
+
+def next_reading(projector, stacked, last):
+    """Of one window, a speech token at a time, by the whole decoder behind all that was read before it."""
+    state, blank = first_reading(projector, stacked)
+    read = logits_of(projector, *last).argmax(-1).tolist()
+    frames = stacked[:, :120].reshape(-1, 24)
+    text, context = [], []
+    for t, token in enumerate(read):
+        repeats = t > 0 and token == read[t - 1] != projector.blank
+        ids = torch.tensor([projector.prompt + (text[:-1] if repeats else text)])
+        if token != projector.blank and not repeats:
+            text.append(token)
+        context.append(projector.decoder(ids, encoder_hidden_states=frames[None]).last_hidden_state[0, -1])
+    context = torch.stack(context)
+    y = projector.linear_4(torch.relu(projector.linear_3(torch.cat([state / 4, context / 4, blank / 10], -1))))
+    return (state + context) / 2 + y[:, :24], blank + y[:, 24:]
+
+
+@torch.no_grad()
+def test_the_second_reading_knows_what_was_read_before_in_the_same_window(projector, monkeypatch):
+    monkeypatch.setattr(vocabulary, "WINDOWS", 2)
+    lengths = [9, 4, 7, 1]
+    stacked = torch.randn(sum(lengths), 144)
+    stacked[[3, 4, 15]] = stacked[[2, 2, 14]]
+    logits = logits_of(projector, *first_reading(projector, stacked))
+    # A third of the speech tokens become blanks.
+    projector.linear_2.bias[-1] += (logits[:, :-1].amax(-1) - logits[:, -1]).quantile(0.33)
+    first = first_reading(projector, stacked)
+    read = logits_of(projector, *first).argmax(-1)
+    text = read != projector.blank
+    assert 0 < text.sum() < len(read) and (text[1:] & (read[1:] == read[:-1])).any(), "no blanks or no repeats"
+    got = projector.reread(stacked, first, first, lengths)
+    expected = [next_reading(projector, w, first_reading(projector, w)) for w in stacked.split(lengths)]
+    for part, whole in zip(got, map(torch.cat, zip(*expected))):
+        torch.testing.assert_close(part, whole, rtol=1e-4, atol=1e-4)
+
+
 @torch.no_grad()
 def test_speech_tokens_are_the_mixture_of_the_likeliest_rows(projector, monkeypatch):
     monkeypatch.setattr(vocabulary, "CHUNK", 4)
-    stacked = torch.randn(2, 7, 144)
-    z = projector.linear_2(torch.relu(projector.linear_1(stacked)))
-    words = projector.decoder.embed_tokens.weight[: len(ALPHABET)]
-    logits = torch.cat([(4 * stacked[..., 120:] + z[..., :24]) @ words.T, z[..., 24:]], -1)
+    stacked = torch.randn(14, 144)
+    windows = stacked.split([6, 8])
+    last = [first_reading(projector, window) for window in windows]
+    for _ in range(2):
+        last = [next_reading(projector, window, reading) for window, reading in zip(windows, last)]
+    state, blank = map(torch.cat, zip(*last))
+    logits = logits_of(projector, state, blank)
     top = logits.topk(8)
-    expected = torch.einsum("...k,...kd->...d", top.values.softmax(-1), projector.rows.weight[top.indices])
-    torch.testing.assert_close(projector(stacked), expected, rtol=1e-4, atol=1e-5)
+    expected = torch.einsum("tk,tkd->td", top.values.softmax(-1), projector.rows.weight[top.indices])
+    torch.testing.assert_close(projector(stacked, [6, 8]), expected, rtol=1e-4, atol=1e-4)
     classes = torch.tensor([3, 250, 17])
-    log_probs = projector.log_probs(stacked, classes)
-    expected = torch.cat([logits[..., -1:], logits[..., classes]], -1).log_softmax(-1)
+    log_probs = projector.log_probs(state, blank, classes)
+    expected = torch.cat([logits[:, -1:], logits[:, classes]], -1).log_softmax(-1)
     torch.testing.assert_close(log_probs, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -64,13 +113,14 @@ def test_gradients_are_those_of_the_mixture_over_everything_but_the_unlikely(pro
     """With every token in the mixture the gradient is the whole softmax's."""
     monkeypatch.setattr(vocabulary, "MIXED", len(ALPHABET) + 1)
     stacked = torch.randn(3, 144)
-    projector(stacked).square().sum().backward()
-    got = projector.linear_2.weight.grad.clone()
+    projector(stacked, [3]).square().sum().backward()
+    learning = [p for name, p in projector.named_parameters() if name.startswith("linear_")]
+    got = [p.grad.clone() for p in learning]
     projector.zero_grad()
-    state, blank = projector.read(stacked)
-    logits = torch.cat([state @ projector.decoder.embed_tokens.weight[: len(ALPHABET)].T, blank], -1)
+    logits = logits_of(projector, *projector.readings(stacked, [3])[-1])
     (logits.softmax(-1) @ projector.rows.weight).square().sum().backward()
-    torch.testing.assert_close(got, projector.linear_2.weight.grad, rtol=1e-3, atol=1e-4)
+    for gradient, parameter in zip(got, learning):
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-3, atol=1e-4)
 
 
 @torch.no_grad()
@@ -82,5 +132,13 @@ def test_an_untrained_projector_says_the_embeddings_of_what_whisper_reads(projec
     said = [tokenizer.token_to_id(letter) for letter in "hheee"]
     stacked = torch.zeros(len(said), 144)
     stacked[:, 120:] = 100 * word[said]
-    assert tokenizer.decode(projector.greedy(stacked)) == "he"
-    assert projector.greedy(torch.zeros(3, 144)) == []
+    assert tokenizer.decode(projector.greedy(stacked, reading=0)) == "he"
+    assert projector.greedy(torch.zeros(3, 144), reading=0) == []
+
+
+def test_a_window_too_long_for_the_decoder_is_refused():
+    config = tiny_lyra("vocabulary")[0].config.to_dict()
+    with pytest.raises(ValueError, match=r"window_seconds: got 60.0, .* up to 602 tokens .* takes 448"):
+        LyraConfig(**config | {"window_seconds": 60.0})
+    with pytest.raises(ValueError, match="readings: got 0, expected at least 1"):
+        LyraConfig(**config | {"readings": 0})

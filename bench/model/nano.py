@@ -42,7 +42,7 @@ from lyra_model.processor import LyraProcessor
 from lyra_model.regularizer import ALIGNMENTS
 from lyra_model.synthesis import synthesize_evaluation
 from lyra_model.targets import answer_questions
-from lyra_model.train import JointStage, Settings, batches, pad_features, train
+from lyra_model.train import JointStage, Settings, batches, join_features, train
 
 REGULARIZERS = {
     "none": {"regularizer": 0.0},
@@ -145,8 +145,10 @@ def reading(args: argparse.Namespace, base: Path, processor: LyraProcessor) -> l
     rows = []
     for split, start in (("dev", 0), ("train", args.start)):
         utterances = load_features(encode_folder(args.cache / split, model, processor), args.limit, start)
-        rows.append({"texts": split, "utterances": len(utterances), **reads(model, utterances)})
-        print(rows[-1])
+        for reading in range(model.config.readings):
+            row = {"texts": split, "utterances": len(utterances), "reading": reading + 1}
+            rows.append(row | reads(model, utterances, reading))
+            print(rows[-1])
     return rows
 
 
@@ -163,7 +165,7 @@ def alignment(args: argparse.Namespace, base: Path, processor: LyraProcessor) ->
 
 
 def aligned(args: argparse.Namespace, base: Path, processor: LyraProcessor, settings: Settings) -> dict:
-    """The align stage alone, and how well the projector then reads."""
+    """The align stage alone, and the projector's first reading after it."""
     model = fresh(base)
     learned = load_features(encode_folder(args.cache / "train", model, processor), settings.utterances, settings.start)
     judged = load_features(encode_folder(args.cache / "dev", model, processor))[: args.limit]
@@ -175,7 +177,7 @@ def aligned(args: argparse.Namespace, base: Path, processor: LyraProcessor, sett
             nano.speech_tokenizer(),
             learned,
             {},
-            dataclasses.replace(settings, joint_steps=0),
+            dataclasses.replace(settings, reread_steps=0, joint_steps=0),
             Path(out),
         )
     row = {
@@ -185,18 +187,18 @@ def aligned(args: argparse.Namespace, base: Path, processor: LyraProcessor, sett
         "steps": settings.align_steps,
         "batch": settings.align_batch,
         "seconds": round(time.monotonic() - began),
-        **reads(model.eval(), judged),
-        "word_error_rate learned": reads(model, learned[: args.limit])["word_error_rate"],
+        **reads(model.eval(), judged, reading=0),
+        "word_error_rate learned": reads(model, learned[: args.limit], reading=0)["word_error_rate"],
     }
     print(row, flush=True)
     return row
 
 
 @torch.inference_mode()
-def reads(model: LyraForConditionalGeneration, utterances: list[Utterance]) -> dict[str, float]:
-    """Word error rate, in all and by voice, of the projector's own reading: no language model takes part."""
+def reads(model: LyraForConditionalGeneration, utterances: list[Utterance], reading: int) -> dict[str, float]:
+    """Word error rate, in all and by voice, of a reading of the projector's own: no language model takes part."""
     clips = [torch.from_numpy(u.stacked.astype("float32")) for u in utterances]
-    read = nano.speech_tokenizer().decode_batch([model.speech_projector.greedy(clip) for clip in clips])
+    read = nano.speech_tokenizer().decode_batch([model.speech_projector.greedy(clip, reading) for clip in clips])
     said: dict[str, tuple[list[str], list[str]]] = {}
     for utterance, heard in zip(utterances, read):
         for key in ("", f" {utterance.voice}"):
@@ -209,8 +211,10 @@ def reads(model: LyraForConditionalGeneration, utterances: list[Utterance]) -> d
 def regularizer(args: argparse.Namespace, base: Path, processor: LyraProcessor) -> list[dict]:
     phrases, _ = evaluate.spoken(args.cache, "test", args.limit)
     start, utterances, answers = joint_stage(args, base, processor)
-    settings = Settings(utterances=args.utterances, start=args.start, align_steps=0, joint_steps=args.steps or 40)
-    settings = dataclasses.replace(settings, joint_batch=args.batch or settings.joint_batch)
+    settings = Settings(utterances=args.utterances, start=args.start, joint_steps=args.steps or 40)
+    settings = dataclasses.replace(
+        settings, align_steps=0, reread_steps=0, joint_batch=args.batch or Settings.joint_batch
+    )
     args.out.mkdir(parents=True, exist_ok=True)
     rows = []
     for seed in args.seeds:
@@ -244,7 +248,7 @@ def share(args: argparse.Namespace, base: Path, processor: LyraProcessor) -> lis
             nano.speech_tokenizer(),
             utterances,
             answers,
-            Settings(align_steps=0, joint_steps=1),
+            Settings(align_steps=0, reread_steps=0, joint_steps=1),
             Path(out),
             init=args.init,
         )
@@ -256,12 +260,12 @@ def share(args: argparse.Namespace, base: Path, processor: LyraProcessor) -> lis
     seconds: dict[tuple[str, str], list[float]] = {}
     for step in range(1 + (args.steps or 15)):
         batch = next(data)
-        stacked, lengths = pad_features(batch)
+        stacked, lengths = join_features(batch)
         runs = {("none", ""): lambda batch=batch: stages["none"](batch)["loss"]}
         for name in ("published", "with dropping"):
             for backend in ("reference", "cpu"):
-                speech = model.speech_projector(stacked).detach().requires_grad_()
-                runs[name, backend] = functools.partial(stages[name].regularizer, speech, batch, lengths, backend)
+                speech = model.speech_projector(stacked, lengths).detach().requires_grad_().split(lengths)
+                runs[name, backend] = functools.partial(stages[name].regularizer, speech, batch, backend)
         for key, loss in runs.items():
             began = time.perf_counter()
             try:
