@@ -305,7 +305,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="DIR",
         help="go on from trained weights: the projector in this folder and, if there is one, its adapter, which brings "
-        "its rank; both stages run, unless their steps are 0",
+        "its rank; all stages run, unless their steps are 0",
     )
     parser.add_argument("--workers", type=int, default=2, help="processes that synthesize speech, default 2")
     for field in dataclasses.fields(Settings):
@@ -342,9 +342,9 @@ def train(
     out: Path,
     init: Path | None = None,
 ) -> None:
-    """Runs both stages on ``model`` and writes projector, adapter and settings to ``out``.
+    """Runs the stages on ``model`` and writes projector, adapter and settings to ``out``.
 
-    With ``init``, a folder that an earlier call wrote, both go on from the weights in it.
+    With ``init``, a folder that an earlier call wrote, they go on from the weights in it.
     """
     torch.manual_seed(settings.seed)
     model.requires_grad_(False)

@@ -183,9 +183,11 @@ class VocabularyProjector(nn.Module):
 
     @torch.no_grad()
     def likeliest(self, state: Tensor, blank: Tensor, count: int) -> Tensor:
-        """The ``count`` likeliest tokens (..., count), by falling probability."""
-        text = nn.functional.linear(state, self.decoder.embed_tokens.weight[: self.blank])
-        return torch.cat([text, blank], dim=-1).topk(min(count, self.blank + 1)).indices
+        """The ``count`` likeliest tokens (T, count) of a reading, by falling probability."""
+        words = self.decoder.embed_tokens.weight[: self.blank]
+        chunks = zip(state.split(CHUNK), blank.split(CHUNK))
+        logits = (torch.cat([nn.functional.linear(own, words), none], dim=-1) for own, none in chunks)
+        return torch.cat([chunk.topk(min(count, self.blank + 1)).indices for chunk in logits])
 
     def greedy(self, stacked: Tensor, reading: int = -1) -> list[int]:
         """What a reading of one window (N, width) says: its likeliest tokens, without repeats and blanks."""
