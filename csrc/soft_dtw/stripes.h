@@ -23,6 +23,7 @@
 #include <cstring>
 #include <limits>
 #include <new>
+#include <thread>
 #include <type_traits>
 #include <vector>
 
@@ -534,15 +535,17 @@ class Progress {
   Progress(const Progress&) = delete;
   Progress& operator=(const Progress&) = delete;
   void wait(int64_t stripe, int64_t ticks) const {
-    while (done_[stripe].load(std::memory_order_acquire) < ticks) {
+    for (int spins = 0; done_[stripe].load(std::memory_order_acquire) < ticks; ++spins) {
 #ifdef __x86_64__
       __builtin_ia32_pause();
 #endif
+      if (spins >= kSpins) std::this_thread::yield();  // who is waited for may need this very core
     }
   }
   void set(int64_t stripe, int64_t ticks) { done_[stripe].store(ticks, std::memory_order_release); }
 
  private:
+  static constexpr int kSpins = 1000;  // some tiles, which is all that a neighbour with a core of its own is late
   std::atomic<int64_t>* done_;
 };
 constexpr int64_t kAllDone = std::numeric_limits<int64_t>::max();
