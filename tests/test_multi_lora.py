@@ -131,22 +131,55 @@ def peft_layer(weight: Tensor, bias: Tensor, adapters: Adapters) -> torch.nn.Mod
     return module
 
 
-def run_peft(x: Tensor, weight: Tensor, bias: Tensor, adapters: Adapters, ids: Tensor) -> Tensor:
+def run_peft(module: torch.nn.Module, x: Tensor, names: list[str], ids: Tensor) -> Tensor:
     """Unpatched peft, with the name of an adapter per token."""
-    names = [([*adapters, "__base__"])[e] for e in ids.tolist()]
-    module = peft_layer(weight, bias, adapters).eval()
-    return module(x[:, None], adapter_names=names)[:, 0]
+    return module.eval()(x[:, None], adapter_names=[[*names, "__base__"][e] for e in ids.tolist()])[:, 0]
 
 
 @RANKS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_error_is_not_above_that_of_peft(ranks: tuple[int, ...], dtype: torch.dtype, backend16: str):
     arguments = layer(ranks, 64, inputs=96, outputs=80, dtype=dtype)
-    ours, peft, exact = run(*arguments, backend=backend16), run_peft(*arguments), formula(*arguments)
+    x, *_, adapters, ids = arguments
+    peft = run_peft(peft_layer(*arguments[1:4]), x, list(adapters), ids)
+    ours, exact = run(*arguments, backend=backend16), formula(*arguments)
     assert_within_reference_error(ours, peft, exact)
     if dtype != torch.float32:  # where rounding the results counts, not the order of a sum
         errors = [(y.double() - exact).square().mean().item() for y in (ours, peft)]
         assert errors[0] <= errors[1]
+
+
+def test_long_sums_of_the_ops_for_few_tokens_are_as_exact_as_those_of_peft(monkeypatch: pytest.MonkeyPatch):
+    """Upstream gradients of one: partial sums over the outputs grow, and with them the rounding of each step."""
+    monkeypatch.setattr(few, "TOKENS", 10**9)
+    x, weight, bias, adapters, ids = layer((64, 13, 8, 4), 16, inputs=2048, outputs=2048, dtype=torch.float32)
+
+    def results(y: Tensor, x: Tensor, a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
+        options = {"allow_unused": True, "materialize_grads": True}  # peft gives an adapter without tokens none
+        of_x, *of_adapters = torch.autograd.grad(y, [x, *a, *b], torch.ones_like(y), **options)
+        return [
+            y,
+            of_x,
+            *(torch.cat([g.flatten() for g in of]) for of in (of_adapters[: len(a)], of_adapters[len(a) :])),
+        ]
+
+    def of(function, dtype: torch.dtype) -> list[Tensor]:
+        mine = {
+            name: (a.to(dtype).requires_grad_(), b.to(dtype).requires_grad_(), s)
+            for name, (a, b, s) in adapters.items()
+        }
+        given = x.to(dtype).requires_grad_()
+        y = function(given, weight.to(dtype), bias.to(dtype), mine, ids)
+        return results(y, given, [a for a, _, _ in mine.values()], [b for _, b, _ in mine.values()])
+
+    module = peft_layer(weight, bias, adapters).requires_grad_()
+    a, b = ([matrices[name].weight for name in adapters] for matrices in (module.lora_A, module.lora_B))
+    peft = results(run_peft(module, x.requires_grad_(), list(adapters), ids), x, a, b)
+    for name, *values in zip(
+        ("y", "dx", "dA", "dB"), of(run, torch.float32), peft, of(each_adapter_and_mask, torch.float64)
+    ):
+        ours, theirs = ((value.double() - values[-1]).norm().item() for value in values[:2])
+        assert ours <= theirs, name
 
 
 def test_gradients_of_peft(backend: str):

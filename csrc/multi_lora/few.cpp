@@ -72,9 +72,9 @@ LYRA_INLINE void store_one(uint16_t* to, float value) {
 // The first `count` of a vector, zeros behind them.
 template <class E>
 LYRA_INLINE Vec load_part(const E* from, int64_t count) {
-  Vec v = {};
-  for (int64_t i = 0; i < count; ++i) v[i] = load_one(from + i);
-  return v;
+  E some[kLanes] = {};
+  std::memcpy(some, from, count * sizeof(E));
+  return load(some);
 }
 
 // The sums of 16 vectors, each in its lane. All are added up in the same order, whichever lane they end in.
@@ -101,66 +101,76 @@ LYRA_INLINE Vec sums_of(Vec (&v)[kLanes]) {
          __builtin_shufflevector(v[0], v[1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
 
+// So many terms are added up one after the other, then these sums: the error of a sum over N outputs grows with
+// sqrt(N) in one chain, and the products of libraries have no such long ones.
+constexpr int64_t kChain = 64;
+
 // Lane l * kRight + r: the product of rows left[l] and right[r].
 template <int kLeft, int kRight, class L, class R>
 LYRA_INLINE Vec dots(const L* const* left, const R* const* right, int64_t length) {
-  Vec sums[kLanes] = {};
-  int64_t k = 0;
-  for (; k + kLanes <= length; k += kLanes) {
-    Vec from_left[kLeft];
+  Vec total = {};
+  for (int64_t k = 0; k < length;) {
+    Vec sums[kLanes] = {};
+    for (const int64_t end = std::min(k + kChain * kLanes, length); k < end; k += kLanes) {
+      const int64_t some = std::min<int64_t>(kLanes, end - k);
+      Vec from_left[kLeft];
 #pragma GCC unroll 4
-    for (int l = 0; l < kLeft; ++l) from_left[l] = load(left[l] + k);
+      for (int l = 0; l < kLeft; ++l) from_left[l] = some == kLanes ? load(left[l] + k) : load_part(left[l] + k, some);
 #pragma GCC unroll 16
-    for (int r = 0; r < kRight; ++r) {
-      const Vec from_right = load(right[r] + k);
+      for (int r = 0; r < kRight; ++r) {
+        const Vec from_right = some == kLanes ? load(right[r] + k) : load_part(right[r] + k, some);
 #pragma GCC unroll 4
-      for (int l = 0; l < kLeft; ++l) sums[l * kRight + r] += from_left[l] * from_right;
+        for (int l = 0; l < kLeft; ++l) sums[l * kRight + r] += from_left[l] * from_right;
+      }
     }
+    total += sums_of(sums);
   }
-  if (k < length) {
-#pragma GCC unroll 4
-    for (int l = 0; l < kLeft; ++l) {
-      const Vec from_left = load_part(left[l] + k, length - k);
-#pragma GCC unroll 16
-      for (int r = 0; r < kRight; ++r) sums[l * kRight + r] += from_left * load_part(right[r] + k, length - k);
-    }
-  }
-  return sums_of(sums);
+  return total;
 }
 
-// The sum over q < count of factors[q, i] rows[q][column ..] for kI rows i: out(i, column, sum, number of columns).
-template <int kI, class R, class Out>
-LYRA_INLINE void outer_sums(const float* factors, const R* const* rows, int64_t count, int64_t first, int64_t end,
+// The sums over q < count of factors[q, i] rows[q][column ..] for kI rows i and kV vectors of `columns` columns in all.
+template <int kI, int kV, class R, class Out>
+LYRA_INLINE void outer_tile(const float* factors, const R* const* rows, int64_t count, int64_t column, int64_t columns,
                             const Out& out) {
-  int64_t column = first;
-  for (; column + kWide * kLanes <= end; column += kWide * kLanes) {
-    Vec sums[kI][kWide] = {};
-    for (int64_t q = 0; q < count; ++q) {
-      Vec row[kWide];
+  Vec totals[kI][kV] = {};
+  for (int64_t begin = 0; begin < count; begin += kChain) {
+    Vec sums[kI][kV] = {};
+    for (int64_t q = begin; q < std::min(begin + kChain, count); ++q) {
+      Vec row[kV];
 #pragma GCC unroll 4
-      for (int v = 0; v < kWide; ++v) row[v] = load(rows[q] + column + v * kLanes);
+      for (int v = 0; v < kV; ++v) {
+        const R* const from = rows[q] + column + v * kLanes;
+        row[v] = columns == kV * kLanes ? load(from) : load_part(from, columns);
+      }
 #pragma GCC unroll 4
       for (int i = 0; i < kI; ++i) {
 #pragma GCC unroll 4
-        for (int v = 0; v < kWide; ++v) sums[i][v] += factors[q * kI + i] * row[v];
+        for (int v = 0; v < kV; ++v) sums[i][v] += factors[q * kI + i] * row[v];
       }
     }
 #pragma GCC unroll 4
     for (int i = 0; i < kI; ++i) {
 #pragma GCC unroll 4
-      for (int v = 0; v < kWide; ++v) out(i, column + v * kLanes, sums[i][v], kLanes);
+      for (int v = 0; v < kV; ++v) totals[i][v] += sums[i][v];
     }
   }
+#pragma GCC unroll 4
+  for (int i = 0; i < kI; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kV; ++v) out(i, column + v * kLanes, totals[i][v], columns - (kV - 1) * kLanes);
+  }
+}
+
+// The same for all columns from `first` to `end`: out(i, column, sum, number of columns).
+template <int kI, class R, class Out>
+LYRA_INLINE void outer_sums(const float* factors, const R* const* rows, int64_t count, int64_t first, int64_t end,
+                            const Out& out) {
+  int64_t column = first;
+  for (; column + kWide * kLanes <= end; column += kWide * kLanes) {
+    outer_tile<kI, kWide>(factors, rows, count, column, kWide * kLanes, out);
+  }
   for (; column < end; column += kLanes) {
-    const int64_t some = std::min<int64_t>(kLanes, end - column);
-    Vec sums[kI] = {};
-    for (int64_t q = 0; q < count; ++q) {
-      const Vec row = some == kLanes ? load(rows[q] + column) : load_part(rows[q] + column, some);
-#pragma GCC unroll 4
-      for (int i = 0; i < kI; ++i) sums[i] += factors[q * kI + i] * row;
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < kI; ++i) out(i, column, sums[i], some);
+    outer_tile<kI, 1>(factors, rows, count, column, std::min<int64_t>(kLanes, end - column), out);
   }
 }
 
@@ -400,48 +410,31 @@ struct Item {
 
 enum Stage { kShrink, kExpand, kShrinkBack, kOuterB, kOuterA };
 
-template <class E>
-LYRA_INLINE void run(const Few& f, Stage stage, const Item* items, int64_t count) {
+// One function per stage and dtype: a compiler takes twice as long over one that holds them all.
+template <Stage kStage, class E>
+LYRA_SIMD void run(const Few& f, const Item* items, int64_t count) {
   Scratch scratch;
   for (int64_t i = 0; i < count; ++i) {
     const Item item = items[i];
-    switch (stage) {
-      case kShrink:
-        shrink<E>(f, *item.adapter, item.first);
-        break;
-      case kExpand:
-        expand<E>(f, item.first);
-        break;
-      case kShrinkBack:
-        shrink_back<E>(f, *item.adapter, item.first, scratch);
-        break;
-      case kOuterB:
-        outer_b<E>(f, item.first, scratch);
-        break;
-      case kOuterA:
-        outer_a<E>(f, item.first, scratch);
-        break;
-    }
+    if constexpr (kStage == kShrink) shrink<E>(f, *item.adapter, item.first);
+    if constexpr (kStage == kExpand) expand<E>(f, item.first);
+    if constexpr (kStage == kShrinkBack) shrink_back<E>(f, *item.adapter, item.first, scratch);
+    if constexpr (kStage == kOuterB) outer_b<E>(f, item.first, scratch);
+    if constexpr (kStage == kOuterA) outer_a<E>(f, item.first, scratch);
   }
-}
-
-LYRA_SIMD void run_float(const Few& f, Stage stage, const Item* items, int64_t count) {
-  run<float>(f, stage, items, count);
-}
-LYRA_SIMD void run_bfloat16(const Few& f, Stage stage, const Item* items, int64_t count) {
-  run<uint16_t>(f, stage, items, count);
 }
 
 constexpr int64_t kWork = 1 << 18;  // multiplications that are worth a thread
 
-void run_all(const Few& f, ScalarType dtype, Stage stage, const std::vector<Item>& items) {
+template <Stage kStage>
+void run_all(const Few& f, ScalarType dtype, const std::vector<Item>& items) {
   int64_t work = 0;
   for (const Adapter& adapter : f.adapters) {
     work += adapter.rank * static_cast<int64_t>(adapter.pairs.size()) * std::max(f.inputs, f.outputs);
   }
   const int64_t count = items.size(), grain = std::max<int64_t>(1, kWork * count / std::max<int64_t>(work, 1));
   torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-    (dtype == ScalarType::Float ? run_float : run_bfloat16)(f, stage, items.data() + begin, end - begin);
+    (dtype == ScalarType::Float ? run<kStage, float> : run<kStage, uint16_t>)(f, items.data() + begin, end - begin);
   });
 }
 
@@ -518,8 +511,8 @@ Tensor multi_lora_few(Tensor y, const Tensor& x, const std::vector<Tensor>& a, c
   for (const Adapter& adapter : f.adapters) {
     for (int64_t rank = 0; rank < adapter.rank; rank += kRankBlock) shrinks.push_back({&adapter, rank});
   }
-  run_all(f, x.scalar_type(), kShrink, shrinks);
-  run_all(f, x.scalar_type(), kExpand, blocks_of(f.outputs));
+  run_all<kShrink>(f, x.scalar_type(), shrinks);
+  run_all<kExpand>(f, x.scalar_type(), blocks_of(f.outputs));
   return h;
 }
 
@@ -560,9 +553,9 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor> multi_lora_few_grad
   for (const Adapter& adapter : f.adapters) {
     for (size_t at = 0; at < adapter.pairs.size(); at += kRows) backs.push_back({&adapter, static_cast<int64_t>(at)});
   }
-  run_all(f, x.scalar_type(), kShrinkBack, backs);
-  if (of_b) run_all(f, x.scalar_type(), kOuterB, blocks_of(f.outputs));
-  if (of_a || dx) run_all(f, x.scalar_type(), kOuterA, blocks_of(f.inputs));
+  run_all<kShrinkBack>(f, x.scalar_type(), backs);
+  if (of_b) run_all<kOuterB>(f, x.scalar_type(), blocks_of(f.outputs));
+  if (of_a || dx) run_all<kOuterA>(f, x.scalar_type(), blocks_of(f.inputs));
   return {das, dbs, of_weights};
 }
 
