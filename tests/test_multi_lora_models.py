@@ -18,6 +18,7 @@ from test_multi_lora_peft import LINEARS, RANKS, qwen2_vl  # noqa: E402
 
 from lyra_model import nano  # noqa: E402
 from lyra_ops.integrations import apply_multi_lora, modality_adapters  # noqa: E402
+from lyra_ops.integrations.multi_lora import RoutedLora  # noqa: E402
 
 ADAPTERS = {frozenset(name.split("+")): name for name in RANKS} | {frozenset(): None}
 CHOSEN = ["speech", None, "image+speech", "image"]
@@ -149,6 +150,39 @@ def test_mixed_batch_and_its_gradients_are_those_of_the_samples_alone(case: Case
     got[spoken_for].square().sum().backward()
     torch.testing.assert_close({name: p.grad for name, p in weights.items()}, gradients)
     assert all(g.any() for g in gradients.values())
+
+
+def step(case: Case, routed: RoutedLora) -> tuple[Tensor, dict[str, Tensor]]:
+    case.model.zero_grad()
+    with routed.route(CHOSEN):
+        got = case.logits(case.batch)
+    with routed.route([None] * 4):  # another routing in between must not reach a recomputation
+        case.logits(case.batch)
+    got.square().sum().backward()
+    return got, {name: p.grad for name, p in case.model.named_parameters() if "lora_" in name}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_keeps_the_routing(case: Case, reentrant: bool) -> None:
+    model, routed = case.model.train(), apply_multi_lora(case.model)
+    for name, p in model.named_parameters():
+        p.requires_grad_("lora_" in name)
+    want = step(case, routed)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    recomputed = []
+    first = next(m for m in model.modules() if hasattr(m, "lora_A"))
+    first.register_forward_hook(lambda *_: recomputed.append(torch.is_grad_enabled()))
+    torch.testing.assert_close(step(case, routed), want)
+    assert len(recomputed) == 3
+
+
+def test_the_language_model_compiles_as_a_whole(case: Case) -> None:
+    language = next(m for name, m in case.model.named_modules() if name.endswith("language_model"))
+    with apply_multi_lora(case.model).route(CHOSEN):
+        want = case.logits(case.batch)
+        language.compile(fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(case.logits(case.batch), want)
 
 
 def test_generates_for_each_sample_what_it_generates_alone(case: Case) -> None:
