@@ -633,6 +633,19 @@ def test_compiles_as_a_whole():
             assert torch.equal(a, b)
 
 
+def test_adding_to_the_result_of_a_base_layer_compiles_as_a_whole():
+    x, weight, bias, adapters, ids = layer((4, 8, 2), 30)
+    bank = LoraBank.pack(adapters)
+    routing = LoraRouting(ids, bank)
+
+    def function(x: Tensor) -> Tensor:
+        return add_adapters(2 * F.linear(x, weight, bias), x, bank, routing)
+
+    got = torch.compile(function, fullgraph=True, backend="aot_eager")(x.requires_grad_())
+    torch.testing.assert_close(got, function(x))
+    torch.testing.assert_close(*(torch.autograd.grad(y.sum(), x) for y in (got, function(x))))
+
+
 def test_backend_by_name():
     x, weight, bias, adapters, ids = layer((4,), 3)
     bank = LoraBank.pack(adapters)

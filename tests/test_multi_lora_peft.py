@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import filecmp
 
 import pytest
@@ -12,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import lyra_ops
 from lyra_ops.integrations import apply_multi_lora, is_routed, modality_adapters
 from lyra_ops.integrations import multi_lora as integration
+from lyra_ops.testing import assert_within_reference_error
 
 accelerate = pytest.importorskip("accelerate")
 peft = pytest.importorskip("peft")
@@ -52,6 +54,15 @@ def with_adapters(model: nn.Module, **options) -> nn.Module:
     return model.double()
 
 
+def with_dora(model: nn.Module) -> nn.Module:
+    """The same, scaled by output, too."""
+    model = with_adapters(model, use_dora=True)
+    for name, p in model.named_parameters():
+        if "lora_magnitude_vector" in name:
+            p.data.mul_(torch.rand_like(p) + 0.5)
+    return model
+
+
 def batch() -> dict[str, Tensor]:
     ids = torch.randint(1, 50, (4, 7), generator=torch.Generator().manual_seed(0))
     ids[1, :3] = 0
@@ -72,19 +83,25 @@ def real(logits: Tensor, inputs: dict[str, Tensor]) -> Tensor:
     return logits[inputs["attention_mask"].bool()]
 
 
-def test_mixed_batch_is_each_sample_by_its_own_adapter() -> None:
-    inputs, model = batch(), with_adapters(llama()).eval()
+KINDS = pytest.mark.parametrize("adapted", [with_adapters, with_dora])
+
+
+@KINDS
+def test_mixed_batch_is_each_sample_by_its_own_adapter(adapted) -> None:
+    inputs, model = batch(), adapted(llama()).eval()
     want = torch.cat([alone(model, inputs, b, name) for b, name in enumerate(MIXED)])
-    named = model(**inputs, adapter_names=[name or "__base__" for name in MIXED]).logits
+    if adapted is with_adapters:  # peft mixes no DoRA
+        named = model(**inputs, adapter_names=[name or "__base__" for name in MIXED]).logits
+        torch.testing.assert_close(real(named, inputs), real(want, inputs))
     routed = apply_multi_lora(model)
     with routed.route(MIXED):
         got = model(**inputs).logits
     torch.testing.assert_close(real(got, inputs), real(want, inputs))
-    torch.testing.assert_close(real(got, inputs), real(named, inputs))
 
 
-def test_ids_per_token_in_one_layer() -> None:
-    model, layer = one_layer(nn.Linear(6, 5))
+@KINDS
+def test_ids_per_token_in_one_layer(adapted) -> None:
+    model, layer = one_layer(nn.Linear(6, 5), adapted)
     x, ids = torch.randn(2, 9, 6).double(), torch.randint(-1, 3, (2, 9))
     want = torch.empty(2, 9, 5).double()
     for e, name in enumerate(RANKS):
@@ -99,8 +116,9 @@ def test_ids_per_token_in_one_layer() -> None:
         torch.testing.assert_close(layer(x.flatten(0, 1)), want.flatten(0, 1))
 
 
-def test_sums_of_adapters_per_sample_and_per_token() -> None:
-    model, layer = one_layer(nn.Linear(6, 5))
+@KINDS
+def test_sums_of_adapters_per_sample_and_per_token(adapted) -> None:
+    model, layer = one_layer(nn.Linear(6, 5), adapted)
     x, base = torch.randn(3, 4, 6).double(), layer.base_layer
     parts = {}
     for name in RANKS:
@@ -129,9 +147,10 @@ def test_sums_of_adapters_per_sample_and_per_token() -> None:
         pass
 
 
+@KINDS
 @pytest.mark.parametrize("checkpointing", [None, "use_reentrant=False", "use_reentrant=True"])
-def test_one_step_gives_the_gradients_of_separate_runs(checkpointing: str | None) -> None:
-    inputs, model = batch(), with_adapters(llama()).train()
+def test_one_step_gives_the_gradients_of_separate_runs(checkpointing: str | None, adapted) -> None:
+    inputs, model = batch(), adapted(llama()).train()
     weights = {name: p for name, p in model.named_parameters() if "lora_" in name}
     for p in weights.values():
         p.requires_grad_()
@@ -300,8 +319,9 @@ def test_checkpointed_recomputation_really_happens_under_the_routing() -> None:
     assert len(seen) == 2 and seen[0] is seen[1] is not None
 
 
-def test_generates_mixed_batches_with_a_cache() -> None:
-    inputs, model = batch(), with_adapters(llama()).eval()
+@KINDS
+def test_generates_mixed_batches_with_a_cache(adapted) -> None:
+    inputs, model = batch(), adapted(llama()).eval()
     options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": 49, "pad_token_id": 0}
     want = []
     for b, adapter in enumerate(MIXED):
@@ -323,8 +343,9 @@ def test_generates_mixed_batches_with_a_cache() -> None:
     assert torch.equal(got, again)
 
 
-def test_compiles_as_a_whole_and_once_for_all_routes() -> None:
-    inputs, model = batch(), with_adapters(llama()).train()
+@KINDS
+def test_compiles_as_a_whole_and_once_for_all_routes(adapted) -> None:
+    inputs, model = batch(), adapted(llama()).train()
     weights = {name: p.requires_grad_() for name, p in model.named_parameters() if "lora_" in name}
     routed, counter = apply_multi_lora(model), CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model.base_model.model, fullgraph=True, backend=counter)
@@ -383,9 +404,9 @@ def test_adapters_may_change_while_it_is_routable(tmp_path) -> None:
     torch.testing.assert_close(real(merged(**inputs).logits, inputs), real(got, inputs))
 
 
-def one_layer(base: nn.Module) -> tuple[nn.Module, nn.Module]:
+def one_layer(base: nn.Module, adapted=with_adapters) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
-    model = with_adapters(nn.ModuleDict({"q_proj": base}), target_modules=["q_proj"]).eval()
+    model = adapted(nn.ModuleDict({"q_proj": base})).eval()
     return model, model.base_model.model["q_proj"]
 
 
@@ -558,9 +579,83 @@ def test_modality_adapters_names_what_is_missing() -> None:
         modality_adapters({"image": torch.tensor([True]), "speech": torch.tensor([True, False])}, {})
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_dora_beside_lora_in_one_layer(dtype: torch.dtype) -> None:
+    """Values and gradients at most as wrong as those of peft, one adapter at a time."""
+    torch.manual_seed(0)
+    model = peft.get_peft_model(
+        nn.ModuleDict({"q_proj": nn.Linear(96, 80)}),
+        peft.LoraConfig(r=13, target_modules=["q_proj"], init_lora_weights=False, use_dora=True),
+        adapter_name="scaled",
+    )
+    model.add_adapter("plain", peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    layer = model.base_model.model["q_proj"]
+    layer.lora_magnitude_vector["scaled"].weight.data.mul_(torch.rand(80) + 0.5)
+    model.to(dtype)
+    x, upstream, ids = torch.randn(64, 96).to(dtype), torch.randn(64, 80).to(dtype), torch.randint(-1, 2, (64,))
+    weights = [p for name, p in model.named_parameters() if "lora_" in name]
+
+    def results(run) -> list[Tensor]:
+        given = x.to(weights[0].dtype).requires_grad_()
+        for p in weights:
+            p.requires_grad_()
+        y = run(given)
+        return [y, *torch.autograd.grad(y, [given, *weights], upstream.to(y.dtype))]
+
+    def separately(x: Tensor) -> Tensor:
+        y = layer.base_layer(x)
+        for e, name in enumerate(["scaled", "plain"]):
+            model.set_adapter(name)
+            for p in weights:
+                p.requires_grad_()
+            y = torch.where((ids == e)[:, None], layer(x), y)
+        return y
+
+    theirs = results(separately)
+    with apply_multi_lora(model).route(ids):
+        ours = results(layer)
+    model.double()
+    layer.__class__ = peft.tuners.lora.Linear
+    for got, plain, exact in zip(ours, theirs, results(separately)):
+        assert_within_reference_error(got, plain, exact)
+        if dtype != torch.float32:  # where rounding the results counts, not the order of a sum
+            assert (got.double() - exact).norm() <= (plain.double() - exact).norm()
+
+
+def test_dora_notices_what_is_written_to_its_weights() -> None:
+    model, layer = one_layer(nn.Linear(6, 5), with_dora)
+    model.requires_grad_(False).set_adapter("image")
+    alike, x = copy.deepcopy(layer), torch.randn(2, 3, 6).double()
+    with apply_multi_lora(model).route(["image"] * 2), torch.no_grad():
+        for part in ("lora_magnitude_vector.image", "base_layer", "lora_A.image", "lora_B.image"):
+            layer(x)
+            for one in (layer, alike):
+                one.get_submodule(part).weight[0].mul_(3)
+            torch.testing.assert_close(layer(x), alike(x))
+
+
+def test_dora_is_refused_where_it_would_be_another_product() -> None:
+    model, layer = one_layer(nn.Linear(6, 5), with_dora)
+    layer.lora_dropout["image"] = nn.Dropout(0.5)
+    layer.lora_dropout["speech"] = layer.lora_dropout["image+speech"] = nn.Dropout(0.5)
+    x = torch.randn(2, 3, 6).double()
+    with apply_multi_lora(model).route(["image", None]):
+        layer(x)
+        model.train()
+        with pytest.raises(ValueError, match="lora_dropout: got .* in training with DoRA"):
+            layer(x)
+        model.eval()
+        layer.base_layer = Halved(6, 5).double()
+        with pytest.raises(ValueError, match="adapter 'image': got DoRA around Halved with a forward of its own"):
+            layer(x)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"use_dora": True}, "adapter 'image': got DoraLinearVariant"), ({"lora_bias": True}, "got lora_bias=True")],
+    [
+        ({"alora_invocation_tokens": [1]}, "adapter 'image': got ALoraLinearVariant, expected plain LoRA or DoRA"),
+        ({"lora_bias": True}, "got lora_bias=True"),
+    ],
 )
 def test_what_cannot_be_routed_is_refused(options: dict, message: str) -> None:
     model = with_adapters(llama(), **options).eval()

@@ -20,13 +20,14 @@ from dataclasses import dataclass, field
 
 import torch
 from peft.tuners import lora
+from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lyra_ops._checks import FLOAT_DTYPES, INT_DTYPES, check_tensor, readable
-from lyra_ops.multi_lora import LoraBank, LoraRouting, add_adapters, run_checked
+from lyra_ops.multi_lora import LoraBank, LoraRouting, add_adapters, dora, run_checked
 from lyra_ops.multi_lora.function import Base
 
 # What one sample goes through: the base model alone, an adapter, or a sum of adapters with their weights.
@@ -55,8 +56,8 @@ def apply_multi_lora(model: nn.Module) -> RoutedLora:
     such as ``model.language_model``; adapters outside of it stay peft's.
 
     Raises ValueError for a model without LoRA layers or one that is routable already, for adapters of other kinds
-    (embeddings, convolutions, modules_to_save) and, when they are used, for adapters whose variant (DoRA, aLoRA, ..),
-    bias or dropout cannot share one product.
+    (embeddings, convolutions, modules_to_save) and, when they are used, for adapters whose variant (aLoRA, ..), bias or
+    dropout cannot share one product. DoRA is routed around an ``nn.Linear``, not in training with dropout.
     """
     routed = RoutedLora(model)
     if not routed.names:
@@ -264,6 +265,7 @@ class _Prepared:
     scaling: dict[str, float]  # of the layer, as it was
     bank: LoraBank
     dropouts: dict[str, float]
+    magnitudes: dict[str, Tensor]  # of those that are DoRA
 
     def holds(self, scaling: dict[str, float]) -> bool:
         return self.scaling == scaling and all(own.get("weight") is weight for own, weight in self.sources)
@@ -291,6 +293,8 @@ class _RoutedLinear:
             raise ValueError(f"lora_dropout: got {prepared.dropouts}, expected the same for all adapters of a batch")
         bank, base = prepared.bank, self._modules["base_layer"]
         routing, dropout_p = assignment.routing(x, bank), next(iter(prepared.dropouts.values()))
+        if prepared.magnitudes:
+            return self._run_dora(x, prepared, routing)
         if _is_plain(base) and not (args or kwargs):
             if torch.compiler.is_compiling() or x.is_inference() or (self.training and dropout_p):
                 return self._run([self], x, assignment, routing, dropout_p)[0]
@@ -299,6 +303,18 @@ class _RoutedLinear:
         # What a foreign autograd function returns may be a view that must not be written to, or be kept for backward.
         y = y.clone() if y.requires_grad else y
         return add_adapters(y, x, bank, routing, dropout_p=dropout_p, training=self.training)
+
+    def _run_dora(self, x: Tensor, prepared: _Prepared, routing: LoraRouting) -> Tensor:
+        base, bank, (name, *_) = self.base_layer, prepared.bank, prepared.magnitudes
+        if not _is_plain(base):
+            raise ValueError(
+                f"adapter {name!r}: got DoRA around {type(base).__name__} with a forward of its own, expected nn.Linear"
+            )
+        if self.training and any(prepared.dropouts.values()):
+            # There peft gives the base layer inputs with dropout, too, for each adapter others.
+            raise ValueError(f"lora_dropout: got {prepared.dropouts} in training with DoRA ({name}), expected 0")
+        magnitudes = [prepared.magnitudes.get(name) for name in bank.names]
+        return dora.linear(x, base.weight, base.bias, bank, magnitudes, routing)
 
     def _run_with_followers(self, x: Tensor, assignment: _Assignment, routing: LoraRouting) -> Tensor:
         """Runs the layers that are called one after the other with one input (q, k and v; gate and up) at once.
@@ -330,6 +346,7 @@ class _RoutedLinear:
         return (
             prepared.bank is not None
             and prepared.bank.names == routing.names
+            and not prepared.magnitudes
             and _is_plain(self.base_layer)
             and not (self._forward_pre_hooks or "forward" in vars(self))  # which may bring its weights
             and not (self.disable_adapters or self.merged_adapters)
@@ -356,17 +373,20 @@ class _RoutedLinear:
         """Raises for what cannot be routed; without a bank where the layer has none of the adapters."""
         present = [name for name in self.lora_A if name in assignment.names]
         for name in present:
-            if name in self.lora_variant:
-                raise ValueError(f"adapter {name!r}: got {type(self.lora_variant[name]).__name__}, expected plain LoRA")
+            variant = type(self.lora_variant[name]) if name in self.lora_variant else DoraLinearVariant
+            if variant is not DoraLinearVariant:
+                raise ValueError(f"adapter {name!r}: got {variant.__name__}, expected plain LoRA or DoRA")
             if self.lora_B[name].bias is not None:
                 raise ValueError(f"adapter {name!r}: got lora_bias=True, expected False")
         modules = [module for name in present for module in (self.lora_A[name], self.lora_B[name])]
+        columns = {name: self.lora_magnitude_vector[name] for name in present if name in self.lora_variant}
         adapters = {n: (self.lora_A[n].weight, self.lora_B[n].weight, self.scaling[n]) for n in present}
         return _Prepared(
-            sources=[(module._parameters, module.weight) for module in modules],
+            sources=[(module._parameters, module.weight) for module in (*modules, *columns.values())],
             scaling=dict(self.scaling),
             bank=LoraBank.pack(adapters) if present else None,
             dropouts={name: getattr(self.lora_dropout[name], "p", 0.0) for name in present},
+            magnitudes={name: module.weight for name, module in columns.items()},
         )
 
 

@@ -178,7 +178,8 @@ def add_adapters(
     _check_x(x)
     check_tensor("y", y, shape=(*x.shape[:-1], "N"), dtypes=FLOAT_DTYPES, device=x.device)
     _check_adapters(x, y.shape[-1], bank, routing, dropout_p)
-    if not y.is_contiguous() or (y.requires_grad and y._is_view()):
+    # torch.compile cannot ask for views; what it makes of the copy is up to it.
+    if not y.is_contiguous() or (y.requires_grad and (torch.compiler.is_compiling() or y._is_view())):
         y = y.clone(memory_format=torch.contiguous_format)
     return run_checked(x, (Base(None, None, y),), (bank,), routing, dropout_p, training, backend)[0]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import NamedTuple
@@ -120,14 +120,14 @@ class LoraBank:
         return Rows(torch.cat(a).to(dtype), b.to(dtype), torch.cat(owner), torch.cat(scaling))
 
 
-def keep(what: str, dtype: torch.dtype, banks: list[LoraBank], make: Callable):
-    """What ``make()`` makes of the adapters of ``banks`` in ``dtype``.
+def keep(what: str, dtype: torch.dtype, banks: list[LoraBank], make: Callable, others: Sequence[Tensor] = ()):
+    """What ``make()`` makes of the adapters of ``banks``, and of ``others``, in ``dtype``.
 
-    Of adapters that want no gradient it is kept until one of them changes. That is told from where a tensor lies, its
+    Of tensors that want no gradient it is kept until one of them changes. That is told from where a tensor lies, its
     dtype and its version: optimizers, load_state_dict, ``.to()`` and swapped tensors are seen, but not what is written
     through ``.data`` into the same memory.
     """
-    weights = [t for bank in banks for pair in bank.adapters for t in pair]
+    weights = [*(t for bank in banks for pair in bank.adapters for t in pair), *others]
     trained = torch.is_grad_enabled() and any(t.requires_grad for t in weights)
     # Inference tensors have no version.
     if trained or torch.compiler.is_compiling() or any(t.is_inference() for t in weights):
