@@ -9,9 +9,11 @@
 namespace lyra::token_select {
 
 constexpr double kLog2e = 1.4426950408889634;
-constexpr int kSplitKeys = 512;       // keys of a block of the first pass
-constexpr int kShortKeys = 2048;      // samples of up to so many keys are short,
-constexpr int kShortSplitKeys = 256;  // and cut into smaller splits, so that they are on more SMs
+constexpr int kFewSplits = 8;         // merged one after the other
+constexpr int kSplitKeys = 512;       // keys of a block of the first pass,
+constexpr int kSmallSplitKeys = 256;  // so that few are on more SMs, where there are few splits of them
+constexpr int kShortKeys = kFewSplits * kSplitKeys;
+constexpr int kShortRows = 2048;
 
 struct Operand {
   const void* data;
@@ -38,10 +40,9 @@ struct Problem {
   }
   __host__ __device__ int64_t n_planes() const { return per_head ? heads : kv_heads; }
   __host__ __device__ bool has_lse() const { return lse || lse_single; }
-  // All samples are short, and two launches do; the planes may hold anything before.
-  __host__ __device__ bool is_short() const {
-    return !cu_q && batch > 0 && rows > 0 && keys > 0 && keys <= kShortKeys && rows <= kShortKeys;
-  }
+  __host__ __device__ bool is_empty() const { return batch == 0 || rows == 0 || keys == 0; }
+  // All samples are short, and two launches do.
+  __host__ __device__ bool is_short() const { return !cu_q && !is_empty() && keys <= kShortKeys && rows <= kShortRows; }
   // Blocks of `size` keys, of a sample and of all of them; some have none.
   __host__ __device__ int64_t key_blocks_each(int64_t size) const { return (keys + size - 1) / size; }
   __host__ __device__ int64_t key_blocks(int64_t size) const {
@@ -53,16 +54,16 @@ struct Problem {
     return (real + size - 1) / size;
   }
   static __host__ __device__ int64_t split_size(int64_t real) {
-    return real <= kShortKeys ? kShortSplitKeys : kSplitKeys;
+    return real <= kFewSplits * kSmallSplitKeys ? kSmallSplitKeys : kSplitKeys;
   }
   __host__ __device__ int64_t splits_each() const {
-    constexpr int64_t kOfShort = kShortKeys / kShortSplitKeys;
-    return keys <= kShortKeys || splits_of(keys) > kOfShort ? splits_of(keys) : kOfShort;
+    const bool small = split_size(keys) == kSmallSplitKeys;  // then those of fewer keys are no more
+    return small || splits_of(keys) > kFewSplits ? splits_of(keys) : kFewSplits;
   }
   __host__ __device__ int64_t splits() const {
     if (!cu_k) return batch * splits_each();
-    const int64_t if_short = keys / kShortSplitKeys + batch, if_mixed = keys / kSplitKeys + 6 * batch;
-    return if_short < if_mixed ? if_short : if_mixed;
+    const int64_t if_small = keys / kSmallSplitKeys + batch, if_mixed = keys / kSplitKeys + 6 * batch;
+    return if_small < if_mixed ? if_small : if_mixed;
   }
 };
 
@@ -81,8 +82,8 @@ struct Workspace {
   Part* parts;                            // (splits, Hq rows of a sample)
 
   static int64_t aligned(int64_t bytes) { return (bytes + 15) / 16 * 16; }
-  static int64_t all_rows(const Problem& p) { return p.cu_q ? p.rows : p.batch * p.rows; }
-  static int64_t all_keys(const Problem& p) { return p.cu_k ? p.keys : p.batch * p.keys; }
+  static __host__ __device__ int64_t all_rows(const Problem& p) { return p.cu_q ? p.rows : p.batch * p.rows; }
+  static __host__ __device__ int64_t all_keys(const Problem& p) { return p.cu_k ? p.keys : p.batch * p.keys; }
   // Returns the bytes that it takes from `at` on.
   int64_t place(const Problem& p, char* at) {
     int64_t bytes = 0;

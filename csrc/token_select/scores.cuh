@@ -7,9 +7,9 @@
 //
 // Shapes. query (B,Hq,Lq,D), key (B,Hkv,L,D), any strides; packed, query (1,Hq,Tq,D), key (1,Hkv,Tk,D) and cu_seqlens.
 // query_mask, key_limits (B,Lq); key_mask, key_bias (B,L); head_weights (B,Hq); lse (B,Hq,Lq) double or float. planes
-// (B,P,L), zeros before (or, short, anything): the scores per key head, P = Hkv, or per query head; `sum_planes` adds
-// up the former. A row counts if its mask says so and it sees a real key; a key is real if its mask says so and its
-// bias is not -inf. A row sees the real keys before its limit, and, causal, up to its own place.
+// (B,P,L): the scores per key head, P = Hkv, or per query head; `sum_planes` adds up the former. A row counts if its
+// mask says so and it sees a real key; a key is real if its mask says so and its bias is not -inf. A row sees the real
+// keys before its limit, and, causal, up to its own place.
 //
 // Plan. `survey_kernel` (not where nothing is masked) lists the rows that count and the keys that are real. All later
 // work is cut in that order, into blocks whose size the sample's own numbers say, and sums run in fixed orders without
@@ -18,10 +18,11 @@
 // longer than 256 bytes) and stream the other through shared memory in tiles of 64, the next of which is copied
 // (cp.async) while one is used, 4 warps, m16n8k16 products with float32 sums:
 //   norms_kernel   holds query rows, streams a split of the keys; per row the largest logit and the sum of powers
-//   merge_kernel   those of all splits to lse, and weight / (rows sum)
+//   merge_kernel   those of all splits to lse, and weight / (rows sum); clears the planes where keys may be masked
 //   shares_kernel  holds keys, streams all rows; each lane adds up its keys' shares over the rows
 // Short samples (kShortKeys) take two launches: the blocks of norms_kernel survey for themselves and clear the planes,
-// those of shares_kernel merge the few splits of each row as they load it.
+// those of shares_kernel merge the few splits of each row as they load it. With more splits, each block would read more
+// for it than a launch costs.
 // 16-bit inputs go to the tensor cores; float32 keeps its precision in fused multiply-adds, on values that the lanes
 // hand each other (about five times slower than those could go).
 //
@@ -31,8 +32,7 @@
 // Instructions of the loops over 16 streamed rows (sm_90a, cuobjdump): norms_kernel 200, shares_kernel 166, of which 32
 // products, 20 and 16 powers, 8 ldmatrix, for 512 scores. At one per clock and scheduler (1.755 GHz) that is 99 and 82
 // us; around them each tile of 64 costs its block the addresses of the next. Estimated, not yet timed: 280 us, 130 us
-// with lse; L = 576 10 us. Launches: 2 if short; else 3, 2 with lse, one more to clear the planes and one to survey.
-// `sum_planes` is one more.
+// with lse; L = 576 10 us. Launches: 2 if short; else 3, 2 with lse, and one to survey. `sum_planes` is one more.
 //
 // Registers per thread, at most, spills none (tests/test_compile_budget.py reads these lines):
 //   budget sm_80: norms_kernel<lyra::Bf16, 32> 128, shares_kernel<lyra::Bf16, 32> 128
@@ -60,7 +60,6 @@
 
 namespace lyra::token_select {
 
-constexpr int kFewSplits = 8;     // merged one after the other
 constexpr int kMaxRowBlocks = 8;  // blocks that share the rows of one key head
 constexpr int kSurveyThreads = 512;
 constexpr int kSurveyTokens = 16;  // side by side, per thread
@@ -208,9 +207,9 @@ __global__ void __launch_bounds__(kThreads) norms_kernel(Problem p, Workspace w,
     row_list = rows;
   }
   if (alone && blockIdx.x % row_blocks == 0) {
-    const int64_t planes = p.n_planes() / p.kv_heads;  // of this key head
-    for (int64_t k = threadIdx.x; k < kShortSplitKeys; k += kThreads) {
-      const int64_t place = block.at * kShortSplitKeys + k;
+    const int64_t planes = p.n_planes() / p.kv_heads, size = Problem::split_size(p.keys);  // of this key head
+    for (int64_t k = threadIdx.x; k < size; k += kThreads) {
+      const int64_t place = block.at * size + k;
       for (int64_t plane = kv_head * planes; place < p.keys && plane < (kv_head + 1) * planes; ++plane) {
         p.planes[(s.b * p.n_planes() + plane) * p.keys + place] = 0;
       }
@@ -302,6 +301,10 @@ __global__ void __launch_bounds__(kThreads) norms_kernel(Problem p, Workspace w,
 __global__ void __launch_bounds__(kThreads) merge_kernel(Problem p, Workspace w) {
   const int lane = threadIdx.x % kLanes;
   const int64_t number = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kLanes;
+  if (p.surveyed()) {  // the next launch writes the real keys alone
+    const int64_t size = Workspace::all_keys(p) * p.n_planes();
+    for (int64_t k = number * kLanes + lane; k < size; k += int64_t{gridDim.x} * kThreads) p.planes[k] = 0;
+  }
   int64_t b = 0, i = number;  // the sample, and the row among those of its heads
   if (p.cu_q) {
     for (; b < p.batch; ++b) {
@@ -470,11 +473,11 @@ cudaError_t run_scores(const Problem& p, const Workspace& w, cudaStream_t stream
                 stream, p, w);
 }
 
-// D as far as kMaxWords reach. Writes p.planes, which must hold zeros unless p.is_short(); `workspace`: what
-// Workspace::place says, 16-byte aligned, may hold anything.
+// D as far as kMaxWords reach. Writes all of p.planes, unless p.is_empty(); `workspace`: what Workspace::place says,
+// 16-byte aligned. Both may hold anything.
 template <class T>
 cudaError_t score_planes(const Problem& p, void* workspace, cudaStream_t stream) {
-  if (p.batch == 0 || p.rows == 0 || p.keys == 0) return cudaSuccess;
+  if (p.is_empty()) return cudaSuccess;
   Workspace w;
   w.place(p, static_cast<char*>(workspace));
   const int64_t words = (p.dim + kPerWord<T> - 1) / kPerWord<T>;

@@ -71,8 +71,8 @@ Scoring scoring(const ScoreArguments& a) {
              nullptr},
             {}};
   const std::vector<int64_t> shape{a.batch, s.problem.n_planes(), a.length};
-  s.planes = s.problem.is_short() ? torch::stable::new_empty(a.query, shape, ScalarType::Float)
-                                  : torch::stable::new_zeros(a.query, shape, ScalarType::Float);
+  s.planes = s.problem.is_empty() ? torch::stable::new_zeros(a.query, shape, ScalarType::Float)
+                                  : torch::stable::new_empty(a.query, shape, ScalarType::Float);
   s.problem.planes = s.planes.mutable_data_ptr<float>();
   return s;
 }

@@ -50,7 +50,7 @@ def extract_tokens(
 
     The arguments are those of the three functions, ``key_mask`` serving two of them; ``tensors`` and only they are
     differentiated. ``backend`` by name is asked of all three. With ``capacity`` nothing is read back from a GPU, and
-    all of it is one call of the compiled library: three launches for samples of up to 2048 tokens and 32 segments that
+    all of it is one call of the compiled library: three launches for samples of up to 4096 tokens and 32 segments that
     go out padded.
 
     Returns (TokenSelection, tuple of the gathered tensors).
@@ -87,7 +87,7 @@ def extract_tokens_packed(
     """`token_scores_packed`, `select_tokens_packed` and `gather_tokens` in one call.
 
     The arguments are those of the three functions; the candidates stand where ``cu_seqlens_k`` says, and tensors are
-    (Tk, ...) or (P, Tk, ...). ``capacity`` as in `extract_tokens`, but for the number of launches: eight at most for up
+    (Tk, ...) or (P, Tk, ...). ``capacity`` as in `extract_tokens`, but for the number of launches: seven at most for up
     to 16384 tokens in all.
 
     Returns (TokenSelection, tuple of the gathered tensors).

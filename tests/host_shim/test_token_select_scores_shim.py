@@ -87,8 +87,10 @@ def check_alone_in_a_batch_and_packed_bitwise(kernels: ModuleType) -> None:
     packed = {**alone, "masks": (None, None)}
     packed["query"] = torch.cat([torch.randn(1, 4, 30, 8).bfloat16(), alone["query"]], 2)
     packed["key"] = torch.cat([torch.randn(1, 2, 570, 8).bfloat16(), alone["key"]], 2)
-    cu = ([0, 30, 30, 51], [0, 570, 570, 1170])
-    assert torch.equal(run(kernels, case, packed, cu)[1][0, 570:], want)
+    cu = ([0, 30, 30, 51], [5, 570, 570, 1170])
+    got = run(kernels, case, packed, cu)[1][0]
+    assert torch.equal(got[570:], want)
+    assert (got[:5] == 0).all()  # keys of no sample
 
 
 def check_nan_stays_in_its_sample(kernels: ModuleType) -> None:

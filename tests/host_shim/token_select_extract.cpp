@@ -21,30 +21,28 @@ py::tuple run(bool fused, Array<uint16_t> query, Array<uint16_t> key, Maybe<bool
   const int64_t out_batch = query.shape(0), batch = cu_k ? cu_k->size() - 1 : out_batch, heads = query.shape(1),
                 rows = query.shape(2), dim = query.shape(3);
   const int64_t kv_heads = key.shape(1), length = key.shape(2);
-  const Problem scored_without_planes{batch,
-                                      heads,
-                                      kv_heads,
-                                      rows,
-                                      length,
-                                      dim,
-                                      {query.data(), heads * rows * dim, rows * dim, dim, 1, dim % 8 == 0},
-                                      {key.data(), kv_heads * length * dim, length * dim, dim, 1, dim % 8 == 0},
-                                      pointer(cu_q),
-                                      pointer(cu_k),
-                                      pointer(query_mask),
-                                      pointer(key_mask),
-                                      nullptr,
-                                      pointer(key_bias),
-                                      pointer(head_weights),
-                                      nullptr,
-                                      pointer(lse),
-                                      1.0f / static_cast<float>(std::sqrt(dim)),
-                                      causal,
-                                      false,
-                                      nullptr};
-  Problem scored = scored_without_planes;
-  std::vector<float> planes(static_cast<size_t>(out_batch * kv_heads * length), scored.is_short() ? NAN : 0.0f);
-  scored.planes = planes.data();
+  std::vector<float> planes(static_cast<size_t>(out_batch * kv_heads * length), NAN);
+  const Problem scored{batch,
+                       heads,
+                       kv_heads,
+                       rows,
+                       length,
+                       dim,
+                       {query.data(), heads * rows * dim, rows * dim, dim, 1, dim % 8 == 0},
+                       {key.data(), kv_heads * length * dim, length * dim, dim, 1, dim % 8 == 0},
+                       pointer(cu_q),
+                       pointer(cu_k),
+                       pointer(query_mask),
+                       pointer(key_mask),
+                       nullptr,
+                       pointer(key_bias),
+                       pointer(head_weights),
+                       nullptr,
+                       pointer(lse),
+                       1.0f / static_cast<float>(std::sqrt(dim)),
+                       causal,
+                       false,
+                       planes.data()};
   const bool per_segment = counts && counts->ndim() == 2;
   auto index = poisoned({layout == kPacked ? 1 : batch, capacity}), lengths = poisoned({batch});
   auto inverse = poisoned({out_batch, length});

@@ -45,7 +45,7 @@ py::tuple run(const std::string& dtype, std::array<int64_t, 6> sizes, int64_t qu
             nullptr};
 
   py::array_t<float> planes({out_batch, p.n_planes(), keys}), scores({out_batch, keys});
-  std::fill_n(planes.mutable_data(), planes.size(), p.is_short() ? NAN : 0.0f);
+  std::fill_n(planes.mutable_data(), planes.size(), NAN);
   std::fill_n(scores.mutable_data(), scores.size(), NAN);
   p.planes = planes.mutable_data();
   Memory workspace(Workspace().place(p, nullptr));
