@@ -32,7 +32,7 @@ def workloads(device: str, quick: bool) -> Iterator[Workload]:
             yield selection(device, 131072, k)
         for length in (4096, 32768, 131072):
             yield gathering(device, length)
-        for length in (576, 2048, 32768):
+        for length in (576, 4096, 16384, 32768):
             yield whole(device, torch.bfloat16, 64, length)
     else:
         for rows in (16, 64):
@@ -74,19 +74,21 @@ def scoring(
     def ours(query: Tensor, key: Tensor, lse: Tensor | None = None, backend: str = device) -> Tensor:
         return lyra_ops.token_scores(query, key, lse=lse, backend=backend)
 
-    others = {
-        "published formula": peers.published_scores,
-        "grouped torch": peers.grouped_scores,
-        "grouped torch, compiled": peers.compiled(peers.grouped_scores),
-    }
-    if device == "cuda":
+    grouped = peers.grouped_shares if given_lse else peers.grouped_scores
+    others = {"grouped torch": grouped, "grouped torch, compiled": peers.compiled(grouped)}
+    if not given_lse:
+        others = {"published formula": peers.published_scores, **others}
+    if device == "cuda" and given_lse:
+        others["keys_values (triton)"] = peers.keys_values_shares
+    elif device == "cuda":
         others["attention's backward"] = peers.scores_by_attention
+        others["FlagAttention"] = peers.flag_attention_scores
     item = dtype.itemsize
     lse_given = ", lse given" if given_lse else ""
     return Workload(
         name=f"scores, {rows} x {length}, {heads}/{kv_heads} heads of {dim}, {str(dtype)[6:]}{lse_given}",
         inputs=inputs,
-        implementations={f"lyra ({device})": ours} | ({} if given_lse else others),
+        implementations={f"lyra ({device})": ours} | others,
         plain=partial(ours, backend="reference") if given_lse else formula,
         costs={
             FORWARD: Cost(
@@ -122,14 +124,16 @@ def selection(device: str, length: int, k: int | None = None) -> Workload:
     def ours(scores: Tensor, backend: str = device) -> Tensor:
         return as_floats(lyra_ops.select_tokens(scores, everything, keep=k, capacity=k, backend=backend).index)
 
+    others = {
+        "torch.topk, sort": lambda scores: as_floats(peers.topk_and_sort(scores, k)),
+        "torch stable sort": lambda scores: as_floats(peers.stable_sort(scores, k)),
+    }
+    if device == "cuda":
+        others["FlashInfer top_k, sort"] = lambda scores: as_floats(peers.flashinfer_topk_and_sort(scores, k))
     return Workload(
         name=f"select {k} of {length}",
         inputs=inputs,
-        implementations={
-            f"lyra ({device})": ours,
-            "torch.topk, sort": lambda scores: as_floats(peers.topk_and_sort(scores, k)),
-            "torch stable sort": lambda scores: as_floats(peers.stable_sort(scores, k)),
-        },
+        implementations={f"lyra ({device})": ours} | others,
         plain=lambda scores: as_floats(peers.stable_sort(scores, k)),
         costs={FORWARD: Cost((4 + 1 + 8) * length + 8 * k, length)},
         items=("keys", length),

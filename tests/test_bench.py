@@ -12,8 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench import token_select
 from bench.harness import BOTH, FORWARD, Cost, Workload, WrongResult, measure
+from bench.peers import token_select as peers
 from bench.report import write
+from lyra_ops.testing import assert_within_reference_error
 
 ROOT = Path(__file__).parents[1]
 CEILINGS = {"bytes_per_s": 1e9, "flop_per_s": 1e9}
@@ -67,6 +70,17 @@ def test_a_peer_is_shown_with_its_error_or_left_out_with_its_reason(capsys):
     assert errors["rough peer"] == pytest.approx(0.01, rel=1e-3)
     assert "broken peer" not in errors
     assert "only on Tuesdays" in capsys.readouterr().err
+
+
+def test_the_peers_of_token_select_are_given_the_same_task():
+    query, key = torch.randn(2, 6, 5, 64), torch.randn(2, 2, 150, 64)
+    lse = (query @ key.repeat_interleave(3, dim=1).mT / 8).logsumexp(-1)
+    plain, exact = (token_select.formula(*tensors) for tensors in ((query, key), (query.double(), key.double())))
+    for scores in (peers.published_scores, peers.grouped_scores, peers.scores_by_attention):
+        assert_within_reference_error(scores(query, key), plain, exact, name=scores.__name__)
+    assert_within_reference_error(peers.grouped_shares(query, key, lse), plain, exact)
+    places = exact.topk(7).indices.sort().values
+    assert torch.equal(peers.topk_and_sort(exact, 7), places) and torch.equal(peers.stable_sort(exact, 7), places)
 
 
 @pytest.mark.slow

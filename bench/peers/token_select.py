@@ -1,4 +1,7 @@
-"""Scoring, selection and gathering as others write them in plain torch, for query (B,Hq,Lq,D) and key (B,Hkv,L,D)."""
+"""Scoring, selection and gathering as others do them, for query (B,Hq,Lq,D) and key (B,Hkv,L,D).
+
+Packages are imported when they are called: one that is missing says so, and is left out.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +35,33 @@ def scores_by_attention(query: Tensor, key: Tensor) -> Tensor:
     return columns[..., 0].float().sum(1) / (query.shape[1] * query.shape[2])
 
 
+def grouped_shares(query: Tensor, key: Tensor, lse: Tensor) -> Tensor:
+    """`grouped_scores` where the log-sum-exp (B,Hq,Lq) is known."""
+    batch, heads, rows, dim = query.shape
+    logits = query.reshape(batch, key.shape[1], -1, dim) @ key.mT
+    shares = (logits.float() * dim**-0.5 - lse.reshape(batch, key.shape[1], -1, 1)).exp()
+    return shares.sum((1, 2)) / (heads * rows)
+
+
+def keys_values_shares(query: Tensor, key: Tensor, lse: Tensor) -> Tensor:
+    """The Triton kernel of awslabs/keys_values, which wants the log-sum-exp in powers of two."""
+    from keys_values.attention.flashinfer_wrapper import triton_score_sum
+
+    heads, rows, dim = query.shape[1:]
+    kv_heads, query, key = key.shape[1], query.transpose(1, 2), key.transpose(1, 2)
+    lse = lse.transpose(1, 2) * math.log2(math.e)
+    means = triton_score_sum(query, key, lse, dim**-0.5, kv_heads, heads // kv_heads, causal_masking=False)
+    return means.sum(1) / (kv_heads * rows)  # of the heads of a key head
+
+
+def flag_attention_scores(query: Tensor, key: Tensor) -> Tensor:
+    """FlagAttention's sums over the rows, each query head's, which come with attention; any value will do for it."""
+    from flag_attn import flash_attention
+
+    _, _, sums, *_ = flash_attention(query, key, key, causal=False, return_total_attention=True)
+    return sums.sum(1) / (query.shape[1] * query.shape[2])
+
+
 @cache
 def compiled(function):
     """Compiled anew for each shape: the fastest that torch.compile makes of it."""
@@ -41,6 +71,13 @@ def compiled(function):
 def topk_and_sort(scores: Tensor, keep: int) -> Tensor:
     """Places of the ``keep`` best of each sample, in order; of equal scores any."""
     return scores.topk(keep, dim=1, sorted=False).indices.sort(dim=1).values
+
+
+def flashinfer_topk_and_sort(scores: Tensor, keep: int) -> Tensor:
+    """The same with the top-k of FlashInfer."""
+    from flashinfer import top_k
+
+    return top_k(scores, keep)[1].sort(dim=1).values
 
 
 def stable_sort(scores: Tensor, keep: int) -> Tensor:
