@@ -11,10 +11,13 @@ from token_extractor_models import (
     AUDIO,
     FAMILIES,
     MROPE,
+    QWEN,
     SIDES,
     SPECIAL,
     TEXT,
+    VIDEO,
     batch_of,
+    film,
     longer,
     modality_of,
     sample,
@@ -23,13 +26,17 @@ from token_extractor_models import (
     vendored,
 )
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
+from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import lyra_model
 from lyra_ops.integrations import apply_token_extractor
 from lyra_ops.testing import assert_within_reference_error
+from lyra_ops.token_select import policies
 
 # transformers renamed it in 5.24.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -385,6 +392,92 @@ def test_token_ids_of_the_config_find_the_modality():
     assert extractor.positions.shape[1] == inputs["input_ids"].shape[1] - 36 + 9
 
 
+@pytest.mark.parametrize("family", QWEN)
+def test_videos_are_found_and_dropped(family):
+    """In generation, against one forward over prompt and answer together."""
+    model, inputs = tiny(family), film(family)
+    extractor = apply_token_extractor(model, blocks=3, keep=0.5, min_keep=0)
+    out = model.generate(
+        **inputs, max_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True,
+        suppress_tokens=SPECIAL,
+    )  # fmt: skip
+    kept, ids = extractor.positions[0], inputs["input_ids"][0]
+    assert (ids[kept] == VIDEO).sum() == 3  # of 12, half of a half
+    assert torch.equal(ids[kept][ids[kept] != VIDEO], ids[ids != VIDEO])
+    labels = out.sequences.clone()
+    labels[:, : len(ids)] = -100
+    with torch.no_grad():
+        want = model(**longer(inputs, out.sequences), labels=labels).logits[:, -4:-1]
+    assert_within_reference_error(torch.stack(out.logits, dim=1), want.float(), want)
+
+
+def by_sample(module, query, key, value, attention_mask, scaling=None, **_):
+    """Attention that is told of padding by a mask (B, L), as flash-attn is, and looks at each sample's real tokens."""
+    out = torch.zeros_like(query)
+    for b in range(query.shape[0]):
+        real = torch.arange(key.shape[2]) if attention_mask is None else attention_mask[b].nonzero()[:, 0]
+        first = key.shape[2] - query.shape[2]
+        rows = real[real >= first] - first
+        mask = torch.ones(len(rows), len(real), dtype=torch.bool).tril(len(real) - len(rows))
+        q, k, v = query[b : b + 1, :, rows], key[b : b + 1, :, real], value[b : b + 1, :, real]
+        out[b][:, rows] = scaled_dot_product_attention(q, k, v, mask, scale=scaling, enable_gqa=True)[0]
+    return out.transpose(1, 2), None
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2_vl", "qwen3_vl"])
+def test_attention_that_takes_masks_of_tokens(family, monkeypatch):
+    """The form of flash-attn's masks, in prefill and at decode."""
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "by_sample", by_sample)
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, "by_sample", flash_attention_mask)
+    model, inputs = tiny(family), three(family, "left")
+    extractor = apply_token_extractor(model, blocks=3, keep=0.5, min_keep=0)
+    options = {"max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    found = []
+    for attention in ("sdpa", "by_sample"):
+        extractor.text_model.set_attn_implementation(attention)
+        with extractor.modality(modality_of(inputs)):
+            out = model.generate(**inputs, **options)
+        found.append((out.sequences, extractor.positions, torch.stack(out.logits)))
+    (sequences, positions, logits), (same, places, ours) = found
+    assert torch.equal(same, sequences) and torch.equal(places, positions)
+    assert torch.allclose(ours, logits, rtol=1e-6, atol=1e-6)  # generate keeps float32
+
+
+@pytest.mark.slow
+def test_flex_attention_drops_what_sdpa_drops():
+    model = tiny("llama").float()
+    inputs = three("llama", "left", torch.float32)
+    exact = tiny("llama")
+    extractors = [apply_token_extractor(m, blocks=3, keep=0.5, min_keep=0) for m in (model, exact)]
+    plain, want = (run(m, e, three("llama", "left", m.dtype)).logits for m, e in zip((model, exact), extractors))
+    model.set_attn_implementation("flex_attention")
+    got = run(model, extractors[0], inputs).logits
+    assert torch.equal(extractors[0].positions, extractors[1].positions)
+    there = extractors[1].positions >= 0
+    assert_within_reference_error(got[there], plain[there], want[there])
+
+
+@pytest.mark.parametrize(
+    "keep",
+    [
+        policies.pyramid_schedule([1, 2, 4]),
+        policies.omnidrop_schedule(6),  # behind every layer but the last
+        policies.seats_schedule(0.25, n_layers=6, entering=0.5, drops=(2, 3), late=5),
+    ],
+    ids=["pyramid", "omnidrop", "seats"],
+)
+def test_published_schedules_run(keep):
+    model, inputs = tiny("llama"), three("llama", "left")
+    extractor = apply_token_extractor(model, keep=keep, min_keep=0)
+    with extractor.modality(modality_of(inputs)):
+        out = model.generate(**inputs, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
+    counts = modality_of(inputs).sum(1)
+    for layer in range(6):
+        kept = counts + (inputs["attention_mask"].sum(1) - modality_of(inputs).sum(1)) + 1
+        assert getattr(out, CACHE).get_seq_length(layer) == kept.max()
+        counts = (counts * keep.get(layer, 1.0)).floor().long()
+
+
 def test_remove_restores_the_model(family):
     model = tiny(family)
     inputs = sample(family, 8, 5, seed=0)
@@ -411,7 +504,7 @@ def test_a_failing_layer_leaves_the_attention_registry_clean():
     assert not transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS._local_mapping
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", ["llama", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_a_renamed_copy_is_recognised(family, tmp_path):
     original = tiny(family, "eager")
     model = vendored(original, tmp_path)

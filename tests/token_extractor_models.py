@@ -21,7 +21,7 @@ TEXT = {
     "bos_token_id": 1, "eos_token_id": None,
 }  # fmt: skip
 MROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
-PLAIN = ("llama", "qwen2")
+PLAIN = ("llama", "qwen2", "qwen3")
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen2_5_omni_thinker")
 FAMILIES = (*PLAIN, *QWEN, "llava_onevision", "internvl")
 
@@ -47,7 +47,7 @@ def tiny(family: str, attention: str = "sdpa") -> nn.Module:
 
 def _config(family: str) -> transformers.PreTrainedConfig:
     if family in PLAIN:
-        config = AutoConfig.for_model(family, **TEXT)
+        config = AutoConfig.for_model(family, **TEXT, head_dim=8)
         config.image_token_id = IMAGE
         return config
     if family == "llava_onevision":
@@ -129,6 +129,24 @@ def sample(family: str, side: int, tail: int, seed: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | inputs
 
 
+def film(family: str) -> dict[str, Tensor]:
+    """Text, a video of three frames of four tokens each, and a question; of the families of Qwen."""
+    frames = 3
+    marked = frames if family == "qwen3_vl" else 1  # it marks each frame
+    tokens = marked * [VISION_START, *[VIDEO] * (4 * frames // marked), VISION_END]
+    ids = torch.tensor([[5, 6, 7, *tokens, 8, 9, 10]])
+    g = torch.Generator().manual_seed(0)
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values_videos": torch.randn(frames * 16, 12, generator=g, dtype=torch.float64),
+        "video_grid_thw": torch.tensor([[frames, 4, 4]]),
+    }
+    if family == "qwen2_5_omni_thinker":
+        return inputs | {"video_second_per_grid": torch.tensor([1.0])}
+    return inputs | {"mm_token_type_ids": 2 * (ids == VIDEO).int()}
+
+
 def batch_of(samples: list[dict[str, Tensor]], side: str) -> dict[str, Tensor]:
     """Per-token tensors are padded on that side; those of images and sounds stand one after the other."""
     length = max(s["input_ids"].shape[1] for s in samples)
@@ -164,7 +182,7 @@ def longer(inputs: dict[str, Tensor], sequences: Tensor) -> dict[str, Tensor]:
     out["attention_mask"] = nn.functional.pad(inputs["attention_mask"], (0, new), value=1)
     if "mm_token_type_ids" in out:
         out["mm_token_type_ids"] = nn.functional.pad(inputs["mm_token_type_ids"], (0, new))
-    if "image_grid_thw" not in out:
+    if "position_ids" in out:
         out["position_ids"] = (out["attention_mask"].cumsum(1) - 1).clamp(min=0)
     return out
 
