@@ -1,6 +1,7 @@
 """Other rules than Lyra's, through the same three functions: scores to compare with, weights, budgets and schedules.
 
     last row (FastV)        token_scores(query, key, query_mask=last_row(query_mask), causal=True)
+    last window (SnapKV)    token_scores(query[:, :, -32:], key, causal=True, per_head=True), then pooled along the keys
     random, uniform         select_tokens(random_scores(candidates, seed=0), candidates, keep=k)
     the heads that look     token_scores(query, key, head_weights=top_heads(per_head_scores, candidates))
     per window or modality  select_tokens(scores, candidates, segments=segments, keep=relevance_budgets(...))
