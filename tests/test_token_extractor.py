@@ -504,7 +504,6 @@ def test_a_failing_layer_leaves_the_attention_registry_clean():
     assert not transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS._local_mapping
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_a_renamed_copy_is_recognised(family, tmp_path):
     original = tiny(family, "eager")
     model = vendored(original, tmp_path)
@@ -564,6 +563,27 @@ def test_what_it_cannot_serve_it_refuses():
         model(**inputs)
     with pytest.raises(ValueError, match="paged"):
         apply_token_extractor(model)
+
+
+def test_adapters_of_peft():
+    """PeftModel.generate calls the model inside, not PeftModel.forward."""
+    peft = pytest.importorskip("peft")
+    model, inputs = tiny("qwen2_vl"), three("qwen2_vl", "left")
+    options = {"max_new_tokens": 3, "do_sample": False}
+    extractor = apply_token_extractor(model, blocks=3, keep=0.5, min_keep=0)
+    tokens, logits = model.generate(**inputs, **options), run(model, extractor, inputs).logits
+    extractor.remove()
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "o_proj"], task_type="CAUSAL_LM"))
+    wrapped = wrapped.double().eval()
+    before = dict(wrapped.__dict__)
+    extractor = apply_token_extractor(wrapped, blocks=3, keep=0.5, min_keep=0)
+    assert torch.equal(wrapped.generate(**inputs, **options), tokens)
+    out = wrapped(**inputs, labels=inputs["input_ids"])  # adapters begin as zeros
+    assert torch.equal(wrapped(**inputs).logits, logits)
+    out.loss.backward()
+    assert all(p.grad is not None for n, p in wrapped.named_parameters() if "lora_B" in n and "visual" not in n)
+    extractor.remove()
+    assert wrapped.__dict__.keys() == before.keys()
 
 
 def test_a_model_is_patched_once():

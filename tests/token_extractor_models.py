@@ -193,7 +193,8 @@ def vendored(model: nn.Module, folder: Path) -> nn.Module:
     text = Path(source.__file__).read_text()
     for name in sorted(set(re.findall(r"^class (\w+)", text, re.M)), key=len, reverse=True):
         text = re.sub(rf"\b{name}\b", f"House{name}", text)
-    text = text.replace("from ...", "from transformers.").replace("from ..", "from transformers.models.")
+    text = text.replace("from ... import", "from transformers import").replace("from ...", "from transformers.")
+    text = text.replace("from ..", "from transformers.models.")
     text = re.sub(r"^from \.configuration", f"from {source.__package__}.configuration", text, flags=re.M)
     (folder / "house_model.py").write_text(text)
     spec = importlib.util.spec_from_file_location("house_model", folder / "house_model.py")

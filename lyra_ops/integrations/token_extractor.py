@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from lyra_ops._checks import check_tensor
 from lyra_ops.integrations._decoder import check_attention, check_cache, check_early, drop_schedule, find_decoder
@@ -125,6 +125,7 @@ class TokenExtractor:
             [i for i in ids if i is not None] if modality_token_ids is None else modality_token_ids
         )
         self._given: tuple[Tensor | None, Tensor | None] = (None, None)
+        self._entered: nn.Module | None = None  # by which part of the model the call that runs came in
         self._inputs: dict[str, object] = {}
         self._prompt: _Prompt | None = None
         self._prompts: weakref.WeakKeyDictionary[Cache, _Prompt] = weakref.WeakKeyDictionary()
@@ -133,9 +134,10 @@ class TokenExtractor:
         self._restore_attention: Callable[[], None] | None = None
 
         _PATCHED.add(self.text_model)
-        self._handles = [
-            model.register_forward_pre_hook(self._on_model, with_kwargs=True),
-            model.register_forward_hook(self._after_model, always_call=True),
+        # Not all calls enter by the outermost: generate of a peft model calls the one inside.
+        around = [m for m in model.modules() if self.text_model in m.modules() and "input_ids" in _parameters(m)]
+        self._handles = [handle for part in around for handle in self._inputs_hooks(part)]
+        self._handles += [
             self.text_model.register_forward_pre_hook(self._on_text_model, with_kwargs=True),
             self.text_model.register_forward_hook(self._after_text_model),
         ]
@@ -151,7 +153,7 @@ class TokenExtractor:
                 self._handles.append(layer.register_forward_hook(self._release, always_call=True))
                 if early:
                     self._handles += _drop_inside(layer)
-        takes_labels = [m for m in model.modules() if "labels" in inspect.signature(type(m).forward).parameters]
+        takes_labels = [m for m in model.modules() if isinstance(m, PreTrainedModel) and "labels" in _parameters(m)]
         self._own_losses = [(part, part.__dict__.get("_loss_function")) for part in takes_labels]
         for part, _ in self._own_losses:
             part.loss_function = self._on_kept_tokens(part.loss_function)
@@ -196,11 +198,21 @@ class TokenExtractor:
         finally:
             self._given = (None, None)
 
-    def _on_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self._inputs = _named(module, args, kwargs)
+    def _inputs_hooks(self, part: nn.Module) -> list:
+        """Hooks that note the inputs of a call that enters by this part."""
 
-    def _after_model(self, *_: object) -> None:
-        self._inputs = {}
+        def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            if self._entered is None:
+                self._entered, self._inputs = module, _named(module, args, kwargs)
+
+        def leave(module: nn.Module, *_: object) -> None:
+            if self._entered is module:
+                self._entered, self._inputs = None, {}
+
+        return [
+            part.register_forward_pre_hook(enter, with_kwargs=True),
+            part.register_forward_hook(leave, always_call=True),
+        ]
 
     def _on_text_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         inputs = _named(module, args, kwargs)
@@ -451,6 +463,10 @@ def _drop_inside(layer: nn.Module) -> list:
     for part in (layer.self_attn.o_proj, layer.mlp):
         handles += [part.register_forward_pre_hook(keep), part.register_forward_hook(put_back)]
     return handles
+
+
+def _parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(type(module).forward).parameters
 
 
 def _named(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, object]:
