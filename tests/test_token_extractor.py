@@ -443,20 +443,6 @@ def test_attention_that_takes_masks_of_tokens(family, monkeypatch):
     assert torch.allclose(ours, logits, rtol=1e-6, atol=1e-6)  # generate keeps float32
 
 
-@pytest.mark.slow
-def test_flex_attention_drops_what_sdpa_drops():
-    model = tiny("llama").float()
-    inputs = three("llama", "left", torch.float32)
-    exact = tiny("llama")
-    extractors = [apply_token_extractor(m, blocks=3, keep=0.5, min_keep=0) for m in (model, exact)]
-    plain, want = (run(m, e, three("llama", "left", m.dtype)).logits for m, e in zip((model, exact), extractors))
-    model.set_attn_implementation("flex_attention")
-    got = run(model, extractors[0], inputs).logits
-    assert torch.equal(extractors[0].positions, extractors[1].positions)
-    there = extractors[1].positions >= 0
-    assert_within_reference_error(got[there], plain[there], want[there])
-
-
 @pytest.mark.parametrize(
     "keep",
     [
