@@ -518,6 +518,8 @@ def test_what_it_cannot_serve_it_refuses():
     deep = {"visual_pos_masks": torch.ones(1, 4).bool(), "deepstack_visual_embeds": [torch.zeros(4, 32)]}
     with pytest.raises(ValueError, match="layer 0"), alone.modality(torch.ones(1, 4).bool()):
         text(inputs_embeds=torch.zeros(1, 4, 32), **deep)
+    with pytest.raises(ValueError, match="DataParallel has no config, .* patch the one inside"):
+        apply_token_extractor(nn.DataParallel(tiny("llama")))
     model = tiny("llama")
     for keep, error in (("0.7", TypeError), (1.5, ValueError), ([0.5], ValueError), ({5: 0.5}, ValueError)):
         with pytest.raises(error, match="keep"):

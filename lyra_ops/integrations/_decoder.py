@@ -16,6 +16,10 @@ PARTS = ("embed_tokens", "layers", "norm", "rotary_emb")
 
 def find_decoder(model: nn.Module) -> nn.Module:
     """The decoder of a model, recognised by its parts, so that renamed copies of a family count as that family."""
+    if not hasattr(model, "config"):
+        raise ValueError(
+            f"model: {type(model).__name__} has no config, expected a transformers model; patch the one inside"
+        )
     found = [module for module in model.modules() if all(hasattr(module, part) for part in PARTS)]
     if len(found) != 1:
         raise ValueError(
