@@ -124,9 +124,10 @@ def test_dropping_is_masking_the_dropped_keys_in_later_layers(family):
 
 
 @pytest.mark.parametrize("early", [True, False])
-@pytest.mark.parametrize("spoken", [False, True])
-def test_the_kept_tokens_are_those_of_the_published_formula(spoken, early):
-    """With a spoken instruction, its tokens take the place of the text's, and stay."""
+@pytest.mark.parametrize("asking", ["text", "speech", "last_row"])
+def test_the_kept_tokens_are_those_of_the_published_formula(asking, early):
+    """With a spoken instruction, its tokens take the place of the text's, and stay. FastV looks from the last row."""
+    spoken = asking == "speech"
     model = tiny("llama")
     inputs = sample("llama", 12, 9, seed=3)
     modality = modality_of(inputs)[0]
@@ -138,7 +139,10 @@ def test_the_kept_tokens_are_those_of_the_published_formula(spoken, early):
         rows, dropped_from = asks, modality & ~asks
     else:
         dropped_from = modality
-    extractor = apply_token_extractor(model, keep={2: 0.4}, min_keep=0, early=early)
+    if asking == "last_row":
+        rows[:-1] = False
+    score = "last_row" if asking == "last_row" else "text"
+    extractor = apply_token_extractor(model, keep={2: 0.4}, min_keep=0, score=score, early=early)
     seen = {}
     layer = model.model.layers[2]
     layer.register_forward_pre_hook(lambda _, args, kwargs: seen.update(kwargs, x=args[0]), with_kwargs=True)
