@@ -40,6 +40,7 @@ def failure() -> str | None:
     return None
 
 
+@functools.cache
 def missing(op: str, device: str) -> str | None:
     """None if the raw op ``lyra::<op>`` is compiled for ``device`` ("cpu" or "cuda"), else why not."""
     if (reason := failure()) is not None:
