@@ -338,6 +338,37 @@ def test_forward_and_backward_at_once_are_those_two(batch: int, band: int | str,
         torch.ops.lyra.soft_dtw_gradient(*arguments[:-2], 0, True)
 
 
+@pytest.mark.parametrize(("dtype", "store"), [(torch.float32, 16), (torch.float32, 8), (torch.float64, 64)])
+@pytest.mark.parametrize("gamma", [1.0, 0.05, 0.0])
+@pytest.mark.parametrize(("n", "m"), [(9, 8), (16, 22), (17, 23), (41, 24), (40, 64), (33, 65), (24, 256)])
+def test_large_batches_whose_rows_follow_without_a_gap_are_small_ones(n, m, gamma, dtype, store) -> None:
+    batch, parts = 20, 5
+    x_lengths, y_lengths = ragged(batch, n, m)
+    x_lengths[4:8], y_lengths[8:12] = n, m
+    cost = random(batch, n, m, dtype=dtype).square()
+    cost[5, n // 2, 2], cost[6, 3, 1], cost[7, 0, 0] = math.inf, 1e30, math.nan
+    cost = torch.cat([poisoned(cost, x_lengths, y_lengths), cost.new_full((batch, n, 3), math.nan)], dim=2)
+
+    def results(cost: Tensor, along: Tensor, *lengths: Tensor) -> tuple[Tensor, ...]:
+        options = gamma, None, -1, None, None
+        value, probs = torch.ops.lyra.soft_dtw_forward(cost, *lengths, *options, None, store)
+        alone, _ = torch.ops.lyra.soft_dtw_forward(cost, *lengths, *options, None, 0)
+        kept = torch.ones_like(value), value, probs, *lengths
+        rest = *cost.shape[1:], -1, None, None, False, gamma == 0, True
+        gradient, _, entropy = torch.ops.lyra.soft_dtw_backward(*kept, *rest)
+        at_once = torch.ops.lyra.soft_dtw_gradient(cost, *lengths, *options, None, store, True)
+        curvature = torch.ops.lyra.soft_dtw_curvature(*kept, *options, False, along, None, None)
+        for a, b in zip((alone, at_once[1], at_once[3]), (value, gradient, entropy), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+        return value, gradient, *curvature[:2], entropy
+
+    given = cost, random(*cost.shape, seed=1, dtype=dtype), x_lengths, y_lengths
+    pieces = zip(*(results(*part) for part in zip(*(t.chunk(parts) for t in given))))
+    for k, (got, want) in enumerate(zip(results(*given), map(torch.cat, pieces), strict=True)):
+        rounding = 1e-6 if k == 4 else 0  # of the entropies, whose sum has another order
+        torch.testing.assert_close(got, want, rtol=rounding, atol=rounding, equal_nan=True)
+
+
 @pytest.mark.parametrize("batch", [40, 1])  # threads share the batch, or the pair
 def test_threads_change_nothing(batch: int) -> None:
     cost, lengths = random(batch, 150, 70).float(), ragged(batch, 150, 70)

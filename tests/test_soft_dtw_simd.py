@@ -46,12 +46,16 @@ def sweeps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[..., 
 def caller(function) -> Callable[..., tuple[Tensor, ...]]:
     pointer, whole = ctypes.c_void_p, ctypes.c_int64
     function.restype = ctypes.c_double
-    function.argtypes = [pointer, whole, whole, ctypes.c_double, whole, pointer, ctypes.c_int, pointer, pointer]
+    function.argtypes = [pointer, whole, whole, ctypes.c_double, whole, pointer]
+    function.argtypes += [ctypes.c_int, ctypes.c_bool, pointer, pointer]
 
-    def sweep(cost: Tensor, gamma: float, band: int, drop: Tensor | None, store: int) -> tuple[Tensor, ...]:
+    def sweep(
+        cost: Tensor, gamma: float, band: int, drop: Tensor | None, store: int, chained: bool
+    ) -> tuple[Tensor, ...]:
         grad, of_drop = torch.empty_like(cost), torch.empty(len(cost))
         given = None if drop is None else drop.data_ptr()
-        value = function(cost.data_ptr(), *cost.shape, gamma, band, given, store, grad.data_ptr(), of_drop.data_ptr())
+        results = grad.data_ptr(), of_drop.data_ptr()
+        value = function(cost.data_ptr(), *cost.shape, gamma, band, given, store, chained, *results)
         return torch.tensor(value, dtype=torch.float32), grad, of_drop if drop is not None else of_drop[:0]
 
     return sweep
@@ -65,8 +69,9 @@ def test_all_instruction_sets_give_the_same_bits(sweeps, n, m, gamma, band, drop
     drop = random(n, seed=1, dtype=torch.float32).abs() if dropping else None
     of_library = lyra_ops_gradient(cost, gamma, band, drop, store)
     for name, sweep in sweeps.items():
-        for got, want in zip(sweep(cost, gamma, band, drop, store), of_library, strict=True):
-            assert torch.equal(got, want), name
+        for chained in (False, True):
+            for got, want in zip(sweep(cost, gamma, band, drop, store, chained), of_library, strict=True):
+                assert torch.equal(got, want), (name, chained)
     exact = lyra_ops.soft_dtw_alignment(
         cost[None].double(),
         gamma=gamma,

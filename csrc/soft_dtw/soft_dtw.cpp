@@ -165,9 +165,9 @@ template <typename Cell, typename S>
 bool forward_by(const Forward<S>& f, const Plan& plan, bool together, S* value) {
   const Cell prototype(f.gamma, f.pair);
   if (!prototype.serves()) return false;
-  Buffer<typename Cell::State> buffer(f.pair.m + kMargin, Cell::zero());
+  Buffer<typename Cell::State> buffer(plan.frontier, Cell::zero());
   auto* frontier = buffer.data();
-  frontier[kReach - 1] = Cell::origin();
+  frontier[plan.stripes.front().above(-1)] = Cell::origin();
   std::atomic<bool> flagged{false};
   const auto run = [&](int64_t from, int64_t to, Progress* progress) {
     Cell cell = prototype;
@@ -180,8 +180,8 @@ bool forward_by(const Forward<S>& f, const Plan& plan, bool together, S* value) 
     for (int64_t s = 0; s < plan.count(); ++s) {
       if (s > 0) {  // windows need not follow each other
         const Stripe &now = plan.stripes[s], &before = plan.stripes[s - 1];
-        clear_around(frontier, now.first - 1 + kReach, now.last + kReach, before.first + 1, before.last + 1,
-                     Cell::zero());
+        clear_around(frontier, now.above(now.first - 1), now.above(now.last), before.leaves(before.first),
+                     before.leaves(before.last), Cell::zero());
       }
       run(s, s + 1, nullptr);
     }
@@ -192,9 +192,10 @@ bool forward_by(const Forward<S>& f, const Plan& plan, bool together, S* value) 
     run(0, plan.count(), nullptr);
   }
   if (flagged && sizeof(typename Cell::Type) == 4) return false;
-  const int lane = (f.pair.n - 1) % kLanes;
-  *value = flagged ? std::numeric_limits<S>::quiet_NaN()
-                   : static_cast<S>(prototype.value(frontier[f.pair.m + kSkew * lane], lane));
+  const Stripe& end = plan.stripes.back();
+  const auto& reached = frontier[end.leaves(end.step_of(f.pair.n - 1, f.pair.m - 1))];
+  *value =
+      flagged ? std::numeric_limits<S>::quiet_NaN() : static_cast<S>(prototype.value(reached, (f.pair.n - 1) % kLanes));
   return true;
 }
 
@@ -212,11 +213,9 @@ void forward_pair(const Forward<S>& f, const Plan& plan, bool together, S* value
 // Returns the entropy of the paths, if asked for.
 template <typename S>
 double backward_pair(const Backward<S>& f, const Plan& plan, bool together) {
-  Buffer<Vec<S>> buffer(f.pair.m + kMargin, Vec<S>{});
+  Buffer<Vec<S>> buffer(plan.frontier, Vec<S>{});
   auto* frontier = buffer.data();
-  const int lane = (f.pair.n - 1) % kLanes;  // of the last cell, which everything comes out of
-  Vec<S> origin = {};
-  lane + 1 < kLanes ? origin[lane + 1] = S(1) : frontier[f.pair.m - 1 + kBelow][0] = S(1);
+  const Vec<S> origin = begin_backward<S>(f.pair, plan, frontier);
   std::vector<double> entropy(plan.count());
   const auto run = [&](int64_t from, int64_t to, Progress* progress) {
     backward_some(f, plan, from, to, frontier, origin, entropy.data(), progress);
@@ -225,8 +224,8 @@ double backward_pair(const Backward<S>& f, const Plan& plan, bool together) {
     for (int64_t s = plan.count() - 1; s >= 0; --s) {
       if (s + 1 < plan.count()) {
         const Stripe &now = plan.stripes[s], &after = plan.stripes[s + 1];
-        clear_around(frontier, now.first + kTaken, now.last + kTaken, after.first - 1 + kBelow, after.last + kBelow,
-                     Vec<S>{});
+        clear_around(frontier, now.below(now.first), now.below(now.last), after.sends(after.first - 1),
+                     after.sends(after.last), Vec<S>{});
       }
       run(s, s + 1, nullptr);
     }
@@ -244,30 +243,32 @@ double backward_pair(const Backward<S>& f, const Plan& plan, bool together) {
 
 // Returns (slope, its derivative in gamma): see stripes.h.
 template <typename S>
-std::tuple<double, double> curvature_pair(const Curvature<S>& f) {
+std::tuple<double, double> curvature_pair(const Curvature<S>& f, const Plan& plan) {
   const Pair& pair = f.out.pair;
   const int64_t bytes = record_bytes(f.out.store, pair.dropping), each = pair.dropping ? 3 : 2;
-  const Plan plan(pair, bytes);
   Buffer<Vec<S>> rates(plan.bytes / bytes * each, Vec<S>{});
   const int lane = (pair.n - 1) % kLanes;
   double slope = 0, in_gamma = 0;
   {
-    Buffer<Vec<double>> frontier(pair.m + kMargin, Vec<double>{});  // what it holds of closed cells has no share
+    Buffer<Vec<double>> frontier(plan.frontier, Vec<double>{});  // what it holds of closed cells has no share
     for (int64_t s = 0; s < plan.count(); ++s) {
       tangent(f, plan.stripes[s], frontier.data(), f.out.records + plan.offset[s],
               rates.data() + plan.offset[s] / bytes * each);
     }
-    slope = frontier.data()[pair.m + kSkew * lane][lane];
+    const Stripe& end = plan.stripes.back();
+    slope = frontier.data()[end.leaves(end.step_of(pair.n - 1, pair.m - 1))][lane];
   }
-  Buffer<Flow> frontier(pair.m + kMargin, Flow{});
+  Buffer<Flow> frontier(plan.frontier, Flow{});
   Flow origin;
-  lane + 1 < kLanes ? origin.mass[lane + 1] = 1.0 : frontier.data()[pair.m - 1 + kBelow].mass[0] = 1.0;
+  const Stripe& end = plan.stripes.back();
+  lane + 1 < kLanes ? origin.mass[lane + 1] = 1.0
+                    : frontier.data()[end.below(end.step_of(pair.n - 1, pair.m - 1))].mass[0] = 1.0;
   for (int64_t s = plan.count() - 1; s >= 0; --s) {
     const Stripe& now = plan.stripes[s];
     if (pair.low != nullptr && s + 1 < plan.count()) {
       const Stripe& after = plan.stripes[s + 1];
-      clear_around(frontier.data(), now.first + kTaken, now.last + kTaken, after.first - 1 + kBelow,
-                   after.last + kBelow, Flow{});
+      clear_around(frontier.data(), now.below(now.first), now.below(now.last), after.sends(after.first - 1),
+                   after.sends(after.last), Flow{});
     }
     in_gamma -= curvature_some(f, now, frontier.data(), f.out.records + plan.offset[s],
                                rates.data() + plan.offset[s] / bytes * each, s + 1 == plan.count() ? origin : Flow{});
@@ -327,14 +328,19 @@ struct Batch {
     return {x_lengths[b], y_lengths[b], band, low ? low + at : nullptr, high ? high + at : nullptr, dropping};
   }
   // Without stripes where a length is bad.
-  Plan plan(int64_t b, int store) const { return Plan(fits(b) ? pair(b) : Pair{}, record_bytes(store, dropping)); }
+  Plan plan(int64_t b, int store) const {
+    return Plan(fits(b) ? pair(b) : Pair{}, record_bytes(store, dropping), chained());
+  }
+  // Whether pairs are chains. What is kept must not depend on the number of threads, which may change before backward;
+  // and a chain is one thread's, so threads want many pairs.
+  bool chained() const { return size >= 16 && Pair{rows, columns, band, low, high, dropping}.chains(); }
   int64_t probs_bytes(int store) const { return most_steps(rows, columns, band) * record_bytes(store, dropping); }
 
   // Calls body(pair's index, together, workspace), for long pairs first: in parallel, or, if there are fewer than
   // threads, one after the other, all threads together.
   template <typename Body>
   void for_pairs(const Body& body) const {
-    const bool together = size < torch::stable::get_num_threads();
+    const bool together = size < torch::stable::get_num_threads() && !chained();
     if (together) {
       Workspace workspace;
       for (int64_t b = 0; b < size; ++b) body(b, true, workspace);
@@ -593,7 +599,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> curvature(const Tensor& grad_value, c
                            own == 0 ? 0 : 1 / own};
       const S number = value.const_data_ptr<S>()[b];
       std::tuple<double, double> both{no_number(number), no_number(number)};
-      if (fill_around(f.out, batch, b, number)) both = curvature_pair(f);
+      if (fill_around(f.out, batch, b, number)) both = curvature_pair(f, batch.plan(b, store));
       slope.mutable_data_ptr<S>()[b] = static_cast<S>(std::get<0>(both));
       grad_gamma.mutable_data_ptr<S>()[b] = static_cast<S>(grad * std::get<1>(both));
     });

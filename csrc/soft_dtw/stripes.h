@@ -6,6 +6,9 @@
 // vector per step. A band shortens the stripe to the steps in which some lane is inside; lanes outside have infinite
 // cost.
 //
+// In a chain, one stripe that is a whole pair, no lane waits until the others are done: after the last cell of its row
+// it goes on to the row kLanes below, which it reaches every `period` steps.
+//
 // The shares that backward needs are kept in records, one per step, in the order of the steps: no transposing either
 // way. A record holds, for all lanes,
 //   store 16: 32 bit (diagonal, diagonal + up << 16) in units of 1 / 65535;   8: 16 bit likewise, units of 1 / 255;
@@ -165,14 +168,19 @@ struct Pair {
     return {std::max<int64_t>(0, (i * run - width + rise - 1) / rise), std::min(run, (i * run + width) / rise)};
   }
   int64_t stripes() const { return (n + kLanes - 1) / kLanes; }
+  // Whether it can be a chain, without more steps than `most_steps`, and gains by it: a long row's stripe has few steps
+  // in which lanes wait.
+  bool chains() const { return band < 0 && low == nullptr && !dropping && n > kLanes && m >= kLanes && m <= 256; }
 };
 
 struct Stripe {
   int64_t row, first = 0, last = -1;  // steps
   Window lane[kLanes];
-  Window inner;  // steps in which all lanes are inside
+  Window inner;                   // steps in which all lanes are inside
+  int64_t rows;                   // of the pair
+  int64_t period = 0, mask = -1;  // of a chain, whose frontier is a ring of mask + 1 entries
 
-  LYRA_INLINE Stripe(const Pair& pair, int64_t row) : row(row) {
+  LYRA_INLINE Stripe(const Pair& pair, int64_t row) : row(row), rows(pair.n) {
     bool any = false;
     inner = {std::numeric_limits<int64_t>::min(), std::numeric_limits<int64_t>::max()};
     for (int l = 0; l < kLanes; ++l) {
@@ -194,7 +202,43 @@ struct Stripe {
       last = pair.m - 1 + kSkew * (std::min<int64_t>(kLanes, pair.n - row) - 1);
     }
   }
+  static Stripe chain(const Pair& pair) {
+    Stripe all(pair, 0);
+    all.period = std::max<int64_t>(pair.m, kReach + kLanes);
+    all.mask = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(all.period))) - 1;
+    all.last = all.step_of(pair.n - 1, pair.m - 1);
+    return all;
+  }
   LYRA_INLINE int64_t steps() const { return last - first + 1; }
+  int64_t step_of(int64_t i, int64_t j) const { return j + (i - row) / kLanes * period + (i - row) % kLanes * kSkew; }
+  // Lane 0's row in a step, and its column; lane l is in column `column` - kSkew l of the row l below or, if that is
+  // negative, of a chain's row before.
+  struct Place {
+    int64_t row, column;
+  };
+  LYRA_INLINE Place place(int64_t step) const {
+    return period > 0 ? Place{step / period * kLanes, step % period} : Place{row, step};
+  }
+  LYRA_INLINE Place moved(Place from, int64_t steps) const {
+    Place to = {from.row, from.column + steps};
+    if (period > 0 && to.column >= period) to = {to.row + kLanes, to.column - period};
+    if (period > 0 && to.column < 0) to = {to.row - kLanes, to.column + period};
+    return to;
+  }
+  // Whether some lane goes on to its next row after one of the tile's steps.
+  LYRA_INLINE bool turns(Place tile) const {
+    return period > 0 && ((tile.row > 0 && tile.column + 1 < kReach) || tile.column + kLanes >= period);
+  }
+  // The columns of row i that lane l passes through.
+  LYRA_INLINE Window inside(int64_t i, int l) const { return 0 <= i && i < rows ? lane[l] : Window{0, -1}; }
+
+  // Entries of the frontier for a tile's first step, which those for the other steps follow. Forward: what step t
+  // leaves, and what it finds above the first lane.
+  LYRA_INLINE int64_t leaves(int64_t t) const { return (t + kLanes) & mask; }
+  LYRA_INLINE int64_t above(int64_t t) const { return (t + kReach - 1 + kLanes - period) & mask; }
+  // Backward: what step t sends up, and what it finds below the last lane.
+  LYRA_INLINE int64_t sends(int64_t t) const { return (t + kReach + 1) & mask; }
+  LYRA_INLINE int64_t below(int64_t t) const { return (t + kSkew + period) & mask; }
 };
 
 // At least as many steps as the stripes of any pair with n <= rows, m <= columns have together. With a band a stripe
@@ -214,8 +258,16 @@ struct Plan {
   std::vector<Stripe> stripes;
   std::vector<int64_t> offset;
   int64_t bytes = 0;  // of all records
+  int64_t frontier;   // entries
 
-  Plan(const Pair& pair, int64_t record) {
+  Plan(const Pair& pair, int64_t record, bool chained) : frontier(pair.m + 2 * kReach + kLanes) {
+    if (chained && pair.chains()) {
+      stripes.push_back(Stripe::chain(pair));
+      offset.push_back(0);
+      bytes = stripes.back().steps() * record;
+      frontier = stripes.back().mask + 1 + kLanes;
+      return;
+    }
     stripes.reserve(pair.stripes());
     offset.reserve(pair.stripes());
     for (int64_t row = 0; row < pair.n; row += kLanes) {
@@ -275,6 +327,10 @@ struct Soft {
 
   static LYRA_INLINE State zero() { return {Vec<T>{} + T(1), Vec<Int>{} + kZero}; }
   static State origin() { return {Vec<T>{} + T(1), Vec<Int>{}}; }
+  static LYRA_INLINE State chosen(Vec<int32_t> where, const State& a, const State& b) {
+    const auto lanes = convert<Int>(where) != 0;
+    return {lanes ? a.mantissa : b.mantissa, lanes ? a.exponent : b.exponent};
+  }
   static LYRA_INLINE State pushed(const State& lanes, const State& before) {
     return {soft_dtw_cpu::pushed(lanes.mantissa, before.mantissa),
             soft_dtw_cpu::pushed(lanes.exponent, before.exponent)};
@@ -298,9 +354,9 @@ struct Soft {
     } else {
       Vec<int32_t> largest = {};
       for (int k = 0; k < kLanes; ++k) largest = most(largest, std::bit_cast<Vec<int32_t>>(tile[k]) & 0x7fffffff);
-      int32_t bits = largest[0];
-      for (int l = 1; l < kLanes; ++l) bits = std::max(bits, largest[l]);
-      return bits <= std::bit_cast<int32_t>(limit);
+      largest = most(largest, __builtin_shufflevector(largest, largest, 4, 5, 6, 7, 0, 1, 2, 3));
+      largest = most(largest, __builtin_shufflevector(largest, largest, 2, 3, 0, 1, 6, 7, 4, 5));
+      return std::max(largest[0], largest[1]) <= std::bit_cast<int32_t>(limit);
     }
   }
 
@@ -391,6 +447,9 @@ struct Hard {
   bool serves() const { return true; }
   static LYRA_INLINE State zero() { return {Vec<double>{} + std::numeric_limits<double>::infinity()}; }
   static State origin() { return {Vec<double>{}}; }
+  static LYRA_INLINE State chosen(Vec<int32_t> where, const State& a, const State& b) {
+    return {convert<int64_t>(where) != 0 ? a.sum : b.sum};
+  }
   static LYRA_INLINE State normalised(const State& number) { return number; }
   static LYRA_INLINE State pushed(const State& lanes, const State& before) {
     return {soft_dtw_cpu::pushed(lanes.sum, before.sum)};
@@ -434,6 +493,10 @@ struct Dither {
               (static_cast<uint32_t>(step) - kSkew * convert<uint32_t>(kIota)) * kColumn),
         mask(store_as == 16 ? (1u << 7) - 8 : (1u << 15) - 8),
         base(std::bit_cast<uint32_t>(store_as == 16 ? 0x1p16f : 0x1p8f) | 4u) {}
+  // Lanes that go on to their next row of a chain.
+  LYRA_INLINE void next_row(Vec<int32_t> lanes, int64_t period) {
+    phase += std::bit_cast<Vec<uint32_t>>(lanes) & (kLanes * kRow - static_cast<uint32_t>(period) * kColumn);
+  }
   LYRA_INLINE Vec<float> next() {
     const auto now = std::bit_cast<Vec<float>>((phase & mask) | base);
     phase += kColumn;
@@ -568,43 +631,61 @@ struct Forward {
   double gamma = 1;
 };
 
-// Frontier entries: column j of the row above stands, in the last lane, at j + kReach; entry t + 1 is that of step t.
-constexpr int64_t kMargin = 2 * kReach + 2;
-
-// tile[k]: the lanes' cells of step `step + k`, `outside` for those that are not inside.
+// Columns `column` to `column` + kLanes - 1 of a row, which begins at `row`; `outside` for those that are not inside.
 template <typename S>
-LYRA_INLINE void load_tile(const Cells<S>& cells, const Stripe& stripe, int64_t step, S outside,
+LYRA_INLINE Vec<S> load_row(const Cells<S>& cells, const S* row, int64_t column, Window inside, S outside) {
+  const auto [low, high] = inside;
+  const S* from = row + column;
+  if (column >= low && column + kLanes - 1 <= high) return load<Vec<S>>(from);
+  if (column > high || column + kLanes - 1 < low) return Vec<S>{} + outside;
+  if (from >= cells.begin && from + kLanes <= cells.end) {
+    const auto lane = convert<IntOf<S>>(kIota);
+    const auto first = static_cast<IntOf<S>>(std::max<int64_t>(low - column, 0));
+    const auto last = static_cast<IntOf<S>>(std::min<int64_t>(high - column, kLanes));
+    return (lane >= first) & (lane <= last) ? load<Vec<S>>(from) : Vec<S>{} + outside;
+  }
+  Vec<S> found;
+  for (int k = 0; k < kLanes; ++k) found[k] = column + k >= low && column + k <= high ? from[k] : outside;
+  return found;
+}
+
+// tile[k]: the lanes' cells k steps after `place`, `outside` for those that are not inside.
+template <typename S>
+LYRA_INLINE void load_tile(const Cells<S>& cells, const Stripe& stripe, Stripe::Place place, S outside,
                            Vec<S> (&tile)[kLanes]) {
-  const S* from = cells.data + stripe.row * cells.row + step;
+  const auto [row, column] = place;
+  const S* from = cells.data + row * cells.row + column;
   // The same tile of the next stripe, since what a CPU fetches ahead by itself ends with every page. It may lie
   // outside.
   auto next = reinterpret_cast<uintptr_t>(from) + kLanes * cells.row * sizeof(S);
   for (int l = 0; l < kLanes; ++l, next += (cells.row - kSkew) * sizeof(S)) {
     __builtin_prefetch(reinterpret_cast<const void*>(next));
   }
-  if (step >= stripe.inner.low && step + kLanes - 1 <= stripe.inner.high) {
+  if (column >= stripe.inner.low && column + kLanes - 1 <= stripe.inner.high && row + kLanes <= stripe.rows) {
     for (int l = 0; l < kLanes; ++l, from += cells.row - kSkew) tile[l] = load<Vec<S>>(from);
     return transpose(tile);
   }
-  for (int l = 0; l < kLanes; ++l, from += cells.row - kSkew) {
-    const auto [low, high] = stripe.lane[l];
-    const int64_t column = step - kSkew * l;
-    if (column > high || column + kLanes - 1 < low) {
-      tile[l] = Vec<S>{} + outside;
-    } else if (from >= cells.begin && from + kLanes <= cells.end) {
-      const auto lane = convert<IntOf<S>>(kIota);
-      const auto first = static_cast<IntOf<S>>(std::max<int64_t>(low - column, 0));
-      const auto last = static_cast<IntOf<S>>(std::min<int64_t>(high - column, kLanes));
-      tile[l] = (lane >= first) & (lane <= last) ? load<Vec<S>>(from) : Vec<S>{} + outside;
-    } else {
-      for (int k = 0; k < kLanes; ++k) tile[l][k] = column + k >= low && column + k <= high ? from[k] : outside;
+  for (int l = 0; l < kLanes; ++l) {
+    int64_t i = row + l, j = column - kSkew * l;
+    if (j < 0 && stripe.period > 0) i -= kLanes, j += stripe.period;
+    const S* own = cells.data + i * cells.row;
+    tile[l] = load_row(cells, own, j, stripe.inside(i, l), outside);
+    if (const int64_t rest = stripe.period - j; stripe.period > 0 && rest < kLanes) {
+      const auto more = load_row(cells, own + kLanes * cells.row, -rest, stripe.inside(i + kLanes, l), outside);
+      tile[l] = convert<IntOf<S>>(kIota) < static_cast<IntOf<S>>(rest) ? tile[l] : more;
     }
   }
   transpose(tile);
 }
 
+// The first tile of a ring also stands behind its end, for tiles that are read from entries on both sides of it.
+template <typename State>
+LYRA_INLINE void repeat_front(State* frontier, const State* tile, const Stripe& stripe) {
+  if (tile == frontier) std::copy_n(frontier, kLanes, frontier + stripe.mask + 1);
+}
+
 template <bool kDropping, typename Cell, typename S>
-LYRA_INLINE void forward_stripe(const Forward<S>& f, Cell& cell, const Stripe& stripe, typename Cell::State* frontier,
+LYRA_INLINE void forward_stripe(const Forward<S>& f, Cell& cell, Stripe stripe, typename Cell::State* frontier,
                                 uint8_t* record, int store_as, Progress* progress) {
   using State = typename Cell::State;
   using T = typename Cell::Type;
@@ -618,18 +699,21 @@ LYRA_INLINE void forward_stripe(const Forward<S>& f, Cell& cell, const Stripe& s
   Dither dither(stripe.row, stripe.first, store_as), keep_dither(stripe.row + 1, stripe.first + 1, store_as);
   State left = Cell::zero(), ended = Cell::zero(), ended_before = Cell::zero(), diagonal = Cell::zero();
   if (stripe.first <= stripe.last) {
-    if (progress != nullptr && index > 0) progress->wait(index - 1, stripe.first - 1 + kReach);
-    diagonal = Cell::pushed(Cell::zero(), frontier[stripe.first - 1 + kReach]);
+    if (progress != nullptr && index > 0) progress->wait(index - 1, stripe.above(stripe.first - 1));
+    diagonal = Cell::pushed(Cell::zero(), frontier[stripe.above(stripe.first - 1)]);
   }
-  for (int64_t start = stripe.first; start <= stripe.last; start += kLanes) {
+  auto place = stripe.place(stripe.first);
+  for (int64_t start = stripe.first; start <= stripe.last; start += kLanes, place = stripe.moved(place, kLanes)) {
     const int64_t stop = std::min(start + kLanes - 1, stripe.last);
-    if (progress != nullptr && index > 0) progress->wait(index - 1, stop + kReach);
+    const State* const above = frontier + stripe.above(start);
+    State* const leave = frontier + stripe.leaves(start);
+    if (progress != nullptr && index > 0) progress->wait(index - 1, stripe.above(stop));
     Vec<S> tile[kLanes];
-    load_tile(f.cost, stripe, start, std::numeric_limits<S>::infinity(), tile);
-    const auto steps = [&]<bool kOpen>() __attribute__((always_inline)) {
+    load_tile(f.cost, stripe, place, std::numeric_limits<S>::infinity(), tile);
+    const auto steps = [&]<bool kOpen, bool kTurns>() __attribute__((always_inline)) {
       for (int64_t step = start; step <= stop; ++step) {
         Shares<T> shares;
-        const State up = Cell::pushed(ended_before, frontier[step + kReach]);
+        const State up = Cell::pushed(ended_before, above[step - start]);
         left = cell.template match<kOpen>(tile[step - start], diagonal, up, left, shares);
         diagonal = up;
         ended_before = ended;
@@ -641,12 +725,26 @@ LYRA_INLINE void forward_stripe(const Forward<S>& f, Cell& cell, const Stripe& s
         } else {
           ended = Cell::normalised(left);
         }
-        frontier[step + 1] = ended;
+        leave[step - start] = ended;
+        if constexpr (kTurns) {  // to the right of a row's end there is the beginning of another
+          const auto column = static_cast<int32_t>(stripe.moved(place, step - start + 1).column);
+          const Vec<int32_t> lanes = kSkew * kIota == column;
+          dither.next_row(lanes, stripe.period);
+          left = Cell::chosen(lanes, Cell::zero(), left);
+          diagonal = Cell::chosen(lanes, Cell::zero(), diagonal);
+        }
       }
       left = Cell::normalised(left);
     };
-    cell.all_open(tile) ? steps.template operator()<true>() : steps.template operator()<false>();
-    if (progress != nullptr) progress->set(index, stop + 1);  // the frontier's entries up to that are this stripe's
+    const bool open = cell.all_open(tile);
+    if (!kDropping && stripe.turns(place)) {
+      open ? steps.template operator()<true, true>() : steps.template operator()<false, true>();
+    } else {
+      open ? steps.template operator()<true, false>() : steps.template operator()<false, false>();
+    }
+    repeat_front(frontier, leave, stripe);
+    if (progress != nullptr)
+      progress->set(index, stripe.leaves(stop));  // up to that entry the frontier is this stripe's
   }
   if (progress != nullptr) progress->set(index, kAllDone);
 }
@@ -682,38 +780,59 @@ struct Backward {
   bool with_entropy = false;
 };
 
-// What goes up out of column j, into the row above, stands in lane 0 at j + kBelow; entry t + kBelow is that of step t.
-constexpr int64_t kBelow = kReach + 1;
-// The entry that the last lane takes in step t is at t + kTaken.
-constexpr int64_t kTaken = kBelow - kSkew * (kLanes - 1);
-
-// Lane by lane eight steps of `tile` go to the rows of the output; what is not inside is exactly 0 and goes there, too.
+// Columns `column` to `column` + kLanes - 1 of row i, of those that there are. alone: no other thread writes to the
+// pair.
 template <typename S>
-LYRA_INLINE void store_tile(const Backward<S>& f, const Stripe& stripe, int64_t step, Vec<S> (&tile)[kLanes]) {
+LYRA_INLINE void store_row(const Backward<S>& f, int64_t i, int64_t column, int64_t columns, bool alone, Vec<S> out) {
+  if (i < 0 || i >= f.pair.n || column <= -kLanes || column >= columns) return;
+  S* to = f.grad_cost + i * f.columns + column;
+  if (alone && to >= f.grad_cost && to + kLanes <= f.grad_cost + f.pair.n * f.columns) {
+    const auto at = convert<IntOf<S>>(kIota) + static_cast<IntOf<S>>(column);
+    store(to, (at >= 0) & (at < static_cast<IntOf<S>>(columns)) ? out : load<Vec<S>>(to));
+    return;
+  }
+  for (int k = 0; k < kLanes; ++k) {
+    if (column + k >= 0 && column + k < columns) to[k] = out[k];
+  }
+}
+
+// Lane by lane eight steps of `tile` go to the rows of the output; what is not inside is exactly 0 and goes there, too,
+// but for what is behind the rows of a chain.
+template <typename S>
+LYRA_INLINE void store_tile(const Backward<S>& f, const Stripe& stripe, Stripe::Place place, Vec<S> (&tile)[kLanes]) {
   transpose(tile);
-  const int64_t lanes = std::min<int64_t>(kLanes, f.pair.n - stripe.row);
-  S* to = f.grad_cost + stripe.row * f.columns + step;
+  const auto [row, column] = place;
+  const int64_t lanes = std::min<int64_t>(kLanes, f.pair.n - row);
+  S* to = f.grad_cost + row * f.columns + column;
   // The same tile of the next stripe, which would wait for memory to be read that it only writes. It may lie outside.
   auto next = reinterpret_cast<uintptr_t>(to) - kLanes * f.columns * sizeof(S);
   for (int l = 0; l < kLanes; ++l, next += (f.columns - kSkew) * sizeof(S)) {
     __builtin_prefetch(reinterpret_cast<const void*>(next), 1);
   }
-  if (step >= kReach - 1 && step + kLanes <= f.columns) {
+  const bool chain = stripe.period > 0;
+  const int64_t columns = chain ? f.pair.m : f.columns;
+  if (column >= kReach - 1 && column + kLanes <= columns) {
     for (int l = 0; l < lanes; ++l, to += f.columns - kSkew) store(to, f.grad * tile[l]);
     return;
   }
-  for (int l = 0; l < lanes; ++l, to += f.columns - kSkew) {
-    const int64_t column = step - kSkew * l;
+  for (int l = 0; l < kLanes; ++l) {
+    int64_t i = row + l, j = column - kSkew * l;
+    if (chain && j < 0) i -= kLanes, j += stripe.period;
     const Vec<S> out = f.grad * tile[l];
-    for (int k = 0; k < kLanes; ++k) {
-      if (column + k >= 0 && column + k < f.columns) to[k] = out[k];
-    }
+    store_row(f, i, j, columns, chain, out);
+    if (chain) store_row(f, i + kLanes, j - stripe.period, columns, chain, out);
   }
 }
 
 // What no tile of the stripe has written in its rows.
 template <bool kDropping, typename S>
 LYRA_INLINE void finish_rows(const Backward<S>& f, const Stripe& stripe, Vec<S> dropped) {
+  if (stripe.period > 0) {
+    for (int64_t i = 0; i < f.pair.n; ++i) {
+      std::fill(f.grad_cost + i * f.columns + f.pair.m, f.grad_cost + (i + 1) * f.columns, S(0));
+    }
+    return;
+  }
   const int64_t tiles = (stripe.steps() + kLanes - 1) / kLanes;
   for (int l = 0; l < kLanes && stripe.row + l < f.pair.n; ++l) {
     const int64_t row = stripe.row + l, first = std::clamp<int64_t>(stripe.first - kSkew * l, 0, f.columns);
@@ -730,7 +849,7 @@ LYRA_INLINE double entropy_of(double p) { return p > 0 ? -p * std::log(p) : 0.0;
 // kEntropy: whether the entropy of the paths is summed up, in a loop of its own kind, since the calls of log would put
 // what one step hands to the next into memory.
 template <bool kDropping, bool kEntropy, typename S>
-LYRA_INLINE double backward_stripe(const Backward<S>& f, const Stripe& stripe, Vec<S>* frontier, const uint8_t* records,
+LYRA_INLINE double backward_stripe(const Backward<S>& f, Stripe stripe, Vec<S>* frontier, const uint8_t* records,
                                    Vec<S> sent_before, Progress* progress) {
   const int64_t tiles = (stripe.steps() + kLanes - 1) / kLanes, bytes = record_bytes(f.store, kDropping);
   const int64_t index = stripe.row / kLanes;
@@ -740,16 +859,19 @@ LYRA_INLINE double backward_stripe(const Backward<S>& f, const Stripe& stripe, V
   double entropy = 0;
   // What the last step sends left, up left and, with what the one before sent up left, up.
   Vec<S> to_left = {}, to_diagonal = {}, sent = {}, dropped = {};
-  for (int64_t t = tiles - 1; t >= 0; --t) {
+  auto place = stripe.place(stripe.first + (tiles - 1) * kLanes);
+  for (int64_t t = tiles - 1; t >= 0; --t, place = stripe.moved(place, -kLanes)) {
     const int64_t start = stripe.first + t * kLanes, stop = std::min(start + kLanes - 1, stripe.last);
+    const Vec<S>* const below_tile = frontier + stripe.below(start);
+    Vec<S>* const send = frontier + stripe.sends(start);
     // Ticks count downwards: `ticks` is minus the lowest entry that the stripe below has left.
-    if (progress != nullptr && below) progress->wait(index + 1, kAllDone / 2 - (start + kTaken));
+    if (progress != nullptr && below) progress->wait(index + 1, kAllDone / 2 - stripe.below(start));
     Vec<S> tile[kLanes];
     for (int k = kLanes - 1; k > stop - start; --k) tile[k] = Vec<S>{};
     for (int64_t step = stop; step >= start; --step) {
       record -= bytes;
       const Step<S> share = get<kDropping, S>(record, f.store);
-      const Vec<S> ended = pulled(sent_before, frontier[step + kTaken]);
+      const Vec<S> ended = pulled(sent_before, below_tile[step - start]);
       Vec<S> here;
       if constexpr (kDropping) {
         here = ended * share.keep + to_left;
@@ -767,7 +889,7 @@ LYRA_INLINE double backward_stripe(const Backward<S>& f, const Stripe& stripe, V
         sent += drop;
         dropped += drop;
       }
-      frontier[step + kBelow] = sent;
+      send[step - start] = sent;
       if constexpr (kEntropy) {
         for (int l = 0; l < kLanes; ++l) {
           entropy += here[l] * (entropy_of(unit * share.diagonal[l]) + entropy_of(unit * share.up[l]) +
@@ -776,13 +898,30 @@ LYRA_INLINE double backward_stripe(const Backward<S>& f, const Stripe& stripe, V
         }
       }
     }
-    if (t == 0) frontier[stripe.first - 1 + kBelow] = to_diagonal;
-    if (progress != nullptr && t > 0) progress->set(index, kAllDone / 2 - (start + kBelow));
-    store_tile(f, stripe, start, tile);
+    repeat_front(frontier, send, stripe);
+    if (t == 0) frontier[stripe.sends(stripe.first - 1)] = to_diagonal;
+    if (progress != nullptr && t > 0) progress->set(index, kAllDone / 2 - stripe.sends(start));
+    store_tile(f, stripe, place, tile);
   }
   if (progress != nullptr) progress->set(index, kAllDone);
   finish_rows<kDropping>(f, stripe, dropped);
   return entropy;
+}
+
+// Lets the last cell, which all comes out of, take 1 from below: out of the frontier or, where a lane is free below its
+// own, out of what the last stripe is given, which is returned.
+template <typename S>
+Vec<S> begin_backward(const Pair& pair, const Plan& plan, Vec<S>* frontier) {
+  const auto lane = (pair.n - 1) % kLanes;
+  Vec<S> given = {};
+  if (lane + 1 < kLanes) {
+    given[lane + 1] = S(1);
+    return given;
+  }
+  const Stripe& end = plan.stripes.back();
+  frontier[end.below(end.step_of(pair.n - 1, pair.m - 1))][0] = S(1);
+  if (end.period > 0) repeat_front(frontier, frontier, end);
+  return given;
 }
 
 // Stripes `to` - 1 down to `from`, of each its entropy; `progress` as in `forward_stripes`.
@@ -849,14 +988,14 @@ LYRA_INLINE void tangent_stripe(const Curvature<S>& f, const Stripe& stripe, Vec
     drop[l] = f.along_drop[stripe.row + l];
   }
   if (stripe.first > stripe.last) return;
-  Vec<double> diagonal = pushed(Vec<double>{}, frontier[stripe.first - 1 + kReach]);
+  Vec<double> diagonal = pushed(Vec<double>{}, frontier[stripe.above(stripe.first - 1)]);
   for (int64_t start = stripe.first; start <= stripe.last; start += kLanes) {
     Vec<S> tile[kLanes];
-    load_tile(f.along, stripe, start, S(0), tile);
+    load_tile(f.along, stripe, stripe.place(start), S(0), tile);
     for (int64_t step = start; step <= std::min(start + kLanes - 1, stripe.last); ++step, record += bytes) {
       Choice into, out_of;
       choices<kDropping>(record, f.out.store, f.of_gamma, into, out_of);
-      const Vec<double> up = pushed(ended_before, frontier[step + kReach]), from[3] = {diagonal, up, left};
+      const Vec<double> up = pushed(ended_before, frontier[stripe.above(step)]), from[3] = {diagonal, up, left};
       const Vec<double> mean = into.share[0] * diagonal + into.share[1] * up + into.share[2] * left;
       for (int k = 0; k < 2; ++k) {
         const Vec<double> change = (mean - from[k]) - f.along_gamma * (into.log[k] + into.entropy);
@@ -872,7 +1011,7 @@ LYRA_INLINE void tangent_stripe(const Curvature<S>& f, const Stripe& stripe, Vec
         *rates++ = convert<S>(f.rate * out_of.share[0] * change);
         ended -= f.along_gamma * out_of.entropy;
       }
-      frontier[step + 1] = ended;
+      frontier[stripe.leaves(step)] = ended;
     }
   }
 }
@@ -899,7 +1038,7 @@ LYRA_INLINE double curvature_stripe(const Curvature<S>& f, const Stripe& stripe,
       rates -= kDropping ? 3 : 2;
       Choice into, out_of;
       choices<kDropping>(record, f.out.store, f.of_gamma, into, out_of);
-      const Flow& after = frontier[step + kTaken];
+      const Flow& after = frontier[stripe.below(step)];
       const Flow ended = {pulled(sent_before.mass, after.mass), pulled(sent_before.rate, after.rate)};
       Flow here = ended;
       Flow drop;
@@ -921,10 +1060,10 @@ LYRA_INLINE double curvature_stripe(const Curvature<S>& f, const Stripe& stripe,
       sent = {here.mass * into.share[1] + to_diagonal.mass + drop.mass,
               here.rate * into.share[1] + here.mass * rate[1] + to_diagonal.rate + drop.rate};
       to_diagonal = {here.mass * into.share[0], here.rate * into.share[0] + here.mass * rate[0]};
-      frontier[step + kBelow] = sent;
+      frontier[stripe.sends(step)] = sent;
     }
-    if (t == 0) frontier[stripe.first - 1 + kBelow] = to_diagonal;
-    store_tile(f.out, stripe, start, tile);
+    if (t == 0) frontier[stripe.sends(stripe.first - 1)] = to_diagonal;
+    store_tile(f.out, stripe, stripe.place(start), tile);
   }
   finish_rows<kDropping>(f.out, stripe, convert<S>(dropped));
   double sum = 0;
