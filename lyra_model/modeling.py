@@ -17,6 +17,7 @@ from .speech import SpeechProjector, encode_windows
 from .vocabulary import VocabularyProjector
 
 ENCODER_BATCH = 8  # windows encoded at once: bounds the memory of hours of audio
+SPEECH_FIELDS = ("input_features", "feature_frames", "speech_tokens")
 
 
 class LyraForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -24,7 +25,8 @@ class LyraForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     Speech enters as the fields that :class:`lyra_model.LyraProcessor` makes: ``input_features`` (W, bins, F) log-mel
     windows, ``feature_frames`` (W,) mel frames and ``speech_tokens`` (W,) speech tokens of each window; their tokens
-    replace, in order, the embeddings of ``config.speech_token_id`` in ``input_ids``.
+    replace, in order, the embeddings of ``config.speech_token_id`` in ``input_ids``. Those that say nothing new, by the
+    projector's own reading, are hidden from the language model and take no position.
 
     Adapters named ``speech`` (peft) belong to inputs with speech: :meth:`generate` runs them for such inputs only.
     """
@@ -76,6 +78,12 @@ class LyraForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def get_speech_features(self, input_features: Tensor, feature_frames: Tensor, speech_tokens: Tensor) -> Tensor:
         """Returns the speech tokens of all windows one after the other: (sum of ``speech_tokens``, LLM width)."""
+        return self._hear(input_features, feature_frames, speech_tokens)[0]
+
+    def _hear(
+        self, input_features: Tensor, feature_frames: Tensor, speech_tokens: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Speech tokens, and which of them say something new, None for all."""
         per_token, dtype = self.config.frames_per_token, self.speech_projector.linear_1.weight.dtype
         frames = self.encode_speech(input_features, feature_frames)
         kept = [f[: n * per_token].to(dtype) for f, n in zip(frames, speech_tokens.tolist())]
@@ -95,6 +103,19 @@ class LyraForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
         return embeds.masked_scatter(placeholder[..., None], speech.to(embeds.dtype))
 
+    def join(self, input_ids: Tensor, attention_mask: Tensor | None, **speech: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Embeds ``input_ids`` (B, L) and the ``speech`` fields; in the mask (B, L) what says nothing new is hidden."""
+        tokens, new = self._hear(**speech)
+        embeds = self.embed(input_ids, tokens)
+        if new is None:
+            return embeds, attention_mask
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        shown = torch.ones_like(attention_mask).masked_scatter(
+            input_ids == self.config.speech_token_id, new.to(attention_mask.dtype)
+        )
+        return embeds, attention_mask * shown
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -106,14 +127,25 @@ class LyraForConditionalGeneration(PreTrainedModel, GenerationMixin):
         input_features: Tensor | None = None,
         feature_frames: Tensor | None = None,
         speech_tokens: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        if inputs_embeds is None:
-            speech = None
-            if input_features is not None:
-                speech = self.get_speech_features(input_features, feature_frames, speech_tokens)
-            inputs_embeds = self.embed(input_ids, speech)
+        """``prompt_embeds`` (B, P, LLM width) stand for the first P of ``input_ids``, speech included."""
+        if input_features is not None:
+            inputs_embeds, attention_mask = self.join(
+                input_ids,
+                attention_mask,
+                input_features=input_features,
+                feature_frames=feature_frames,
+                speech_tokens=speech_tokens,
+            )
+            if position_ids is None and attention_mask is not None:
+                position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        elif prompt_embeds is not None:
+            inputs_embeds = torch.cat([prompt_embeds, self.embed(input_ids[:, prompt_embeds.shape[1] :])], dim=1)
+        elif inputs_embeds is None:
+            inputs_embeds = self.embed(input_ids)
         return self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -124,26 +156,37 @@ class LyraForConditionalGeneration(PreTrainedModel, GenerationMixin):
             **kwargs,
         )
 
-    def prepare_inputs_for_generation(self, *args, is_first_iteration: bool = False, **kwargs) -> dict:
-        inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
+    def prepare_inputs_for_generation(
+        self, *args, inputs_embeds: Tensor | None = None, is_first_iteration: bool = False, **kwargs
+    ) -> dict:
+        inputs = super().prepare_inputs_for_generation(
+            *args, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
         if not is_first_iteration and kwargs.get("use_cache", True):
-            # The speech is in the cache after the first step.
-            for name in ("input_features", "feature_frames", "speech_tokens"):
-                inputs.pop(name, None)
+            inputs.pop("prompt_embeds", None)  # in the cache after the first step
         return inputs
 
-    def generate(self, *args, **kwargs):
+    def generate(self, inputs: Tensor | None = None, *args, **kwargs):
         """``GenerationMixin.generate``; the peft adapters work where the input holds speech and rest where it does not.
 
         The choice is made for the whole batch, as in the published code (section 3.2's M(x) per request), but where
         ``lyra_ops.integrations.apply_multi_lora`` routes, its route is kept to.
         """
+        speaks = kwargs.get("input_features") is not None
         if self._hf_peft_config_loaded:
-            if kwargs.get("input_features") is not None or integrations.is_routed(self):
+            if speaks or integrations.is_routed(self):
                 self.enable_adapters()
             else:
                 self.disable_adapters()
-        return super().generate(*args, **kwargs)
+        if speaks:
+            # Once, before the first step: every step needs the mask that comes of it.
+            speech = {name: kwargs.pop(name) for name in SPEECH_FIELDS}
+            ids = kwargs["input_ids"] if inputs is None else inputs
+            with torch.no_grad():
+                kwargs["prompt_embeds"], kwargs["attention_mask"] = self.join(
+                    ids, kwargs.get("attention_mask"), **speech
+                )
+        return super().generate(inputs, *args, **kwargs)
 
     def save_pretrained(self, save_directory, **kwargs) -> None:
         """Writes the whole model, and a loaded adapter beside it as a peft directory that ``from_pretrained`` finds."""

@@ -95,9 +95,8 @@ def build(*, projector_hidden_size: int = PROJECTOR_HIDDEN_SIZE) -> tuple[LyraFo
     weights = package_file(WHISPER_PACKAGE, "model.bin")
     model.speech_encoder.load_state_dict(read_whisper_encoder(weights))
     model.speech_projector.decoder.load_state_dict(read_whisper_decoder(weights))
-    texts = [whisper.decode([token]) or " " for token in range(config.reader_vocabulary)]
-    ids = tokenizer([*texts, " "], add_special_tokens=False)["input_ids"]  # the blank's is the space: it says nothing
-    model.speech_projector.begin(model.get_input_embeddings().weight, ids)
+    texts = [whisper.decode([token]) for token in range(config.reader_vocabulary)]
+    model.speech_projector.begin(model.get_input_embeddings().weight, texts, tokenizer)
     model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     processor = LyraProcessor(

@@ -109,6 +109,6 @@ class SpeechProjector(nn.Module):
         frames = torch.cat(windows)
         return frames.reshape(-1, frames.shape[-1] * self.frames_per_token)
 
-    def forward(self, stacked: Tensor, lengths: list[int] | None = None) -> Tensor:
-        """(..., frames_per_token x d) -> (..., LLM width) speech tokens, whichever windows they are of."""
-        return self.linear_2(torch.relu(self.linear_1(self.dropout(stacked))))
+    def forward(self, stacked: Tensor, lengths: list[int] | None = None) -> tuple[Tensor, None]:
+        """(..., frames_per_token x d) -> (..., LLM width) speech tokens, whichever windows they are of; all count."""
+        return self.linear_2(torch.relu(self.linear_1(self.dropout(stacked)))), None

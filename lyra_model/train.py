@@ -63,7 +63,7 @@ class Settings:
     align_batch: int = _setting(64, "utterances per step of the align stage")
     align_lr: float = _setting(1e-3, "peak learning rate of the align stage")
     reread_steps: int = _setting(
-        800, "optimizer steps of the reread stage, in batches of the align stage; 0 leaves it out"
+        500, "optimizer steps of the reread stage, in batches of the align stage; 0 leaves it out"
     )
     alignment: str = _setting("ctc", "loss of the align stage: ctc, soft_dtw or drop_dtw")
     joint_steps: int = _setting(700, "optimizer steps of the joint stage; 0 leaves it out")
@@ -156,11 +156,15 @@ class JointStage(nn.Module):
         stacked, lengths = join_features(batch)
         if self.align:
             readings = model.speech_projector.readings(stacked, lengths)
-            speech = model.speech_projector.mixture(*readings[-1])
+            speech, new = model.speech_projector.tokens(readings[-1], lengths)
         else:
-            speech = model.speech_projector(stacked, lengths)
-        ids, labels = self.prompts(batch, lengths)
-        embeds = model.embed(ids, speech)
+            speech, new = model.speech_projector(stacked, lengths)
+        if new is None:
+            ids, labels = self.prompts(batch, lengths)
+            embeds = model.embed(ids, speech)
+        else:  # hidden ones need not be there at all
+            ids, labels = self.prompts(batch, [int(own.sum()) for own in new.split(lengths)])
+            embeds = model.embed(ids, speech[new])
         with disable_input_dtype_casting(model):
             hidden = model.language_model.get_decoder()(
                 inputs_embeds=embeds, attention_mask=(ids != self.tokenizer.pad_token_id).long(), use_cache=False

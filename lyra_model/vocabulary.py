@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
 from transformers.models.whisper.modeling_whisper import WhisperDecoder
 
 from .config import LyraConfig
@@ -12,6 +13,8 @@ from .config import LyraConfig
 CHUNK = 512  # speech tokens read at once: bounds the memory of logits over the vocabulary
 WINDOWS = 16  # windows of audio read again at once
 MIXED = 8  # vocabulary rows in the mixture of a speech token
+# Of the logits in the mixture: between two embeddings the language model reads neither, and answers at random.
+SHARPNESS = 2.0
 STATE_SCALE = 0.25  # the decoder's states are some ten times larger than the encoder's frames
 BLANK_SCALE = 0.1
 BLANK_LOGIT = 17.0  # the median of the likeliest token's logit with z = 0: half of the speech tokens begin as blanks
@@ -34,14 +37,16 @@ class VocabularyProjector(nn.Module):
 
     and in the end::
 
-        s_t      = sum_v p_tv rows_v                       over the ``MIXED`` likeliest
+        s_t      = sum_v q_tv rows_v                       over the ``MIXED`` likeliest
 
-    where rows_v is the language model's embedding of the text of Whisper's token v, the blank's that of a space. The
-    text in v leaves out blanks and repeats; a repeat has the g of the token that it repeats. There is no decoding: a
-    reading runs over all speech tokens at once, and there are ten of them per second whatever was said. The first
-    reading hears a moment of sound, the others also know the sentence around it. Only the linear layers learn, and
-    they begin at z = y = c = 0. A projector that has to find the embeddings by itself hears the words of its own
-    training alone; Whisper's decoder knows all of them.
+    where q is p with the logits ``SHARPNESS`` times as large, and rows_v the language model's embedding of the text of
+    Whisper's token v, the blank's that of a space; what a window begins with is taken without its leading space, as a
+    typed question begins. The text in v leaves out blanks and repeats; a repeat has the g of the token that it repeats.
+    Speech tokens whose last reading is a blank or a repeat say nothing new: :meth:`forward` tells which ones do, and
+    the language model sees those alone, as few as text has. There is no decoding: a reading runs over all speech tokens
+    at once, ten of them per second whatever was said. The first reading hears a moment of sound, the others also know
+    the sentence around it. Only the linear layers learn, and they begin at z = y = c = 0. A projector that has to find
+    the embeddings by itself hears the words of its own training alone; Whisper's decoder knows all of them.
     """
 
     def __init__(self, config: LyraConfig):
@@ -53,6 +58,7 @@ class VocabularyProjector(nn.Module):
         self.prompt = list(config.reader_prompt)
         self.count = config.readings
         self.rows = nn.Embedding(config.reader_vocabulary + 1, config.text_config.hidden_size).requires_grad_(False)
+        self.register_buffer("unspaced", torch.arange(config.reader_vocabulary + 1))
         self.linear_1 = nn.Linear(speech.d_model * (config.frames_per_token + 1), config.projector_hidden_size)
         self.linear_2 = nn.Linear(config.projector_hidden_size, speech.d_model + 1)
         self.linear_3 = nn.Linear(speech.d_model * 2 + 1, config.projector_hidden_size // 2)
@@ -60,14 +66,22 @@ class VocabularyProjector(nn.Module):
         self.dropout = nn.Dropout(0.0)
 
     @torch.no_grad()
-    def begin(self, embedding: Tensor, texts: list[list[int]]) -> None:
+    def begin(self, embedding: Tensor, texts: list[str], tokenizer: PreTrainedTokenizerBase) -> None:
         """Sets the rows: to the mean of the embeddings (V, LLM width) of each token's text.
 
         Args:
-            texts: for each of Whisper's text tokens, and last for the blank, the language model's ids of its text.
+            texts: of Whisper's text tokens; the blank's is a space, which says nothing.
+            tokenizer: the language model's.
         """
-        ids = torch.tensor([token for text in texts for token in text])
-        starts = torch.tensor([0, *(len(text) for text in texts[:-1])]).cumsum(0)
+        places: dict[str, int] = {}
+        for place, text in enumerate(texts):
+            places.setdefault(text, place)
+        self.unspaced[: len(texts)] = torch.tensor(
+            [places.get(t[1:], i) if t[:1] == " " else i for i, t in enumerate(texts)]
+        )
+        ids = tokenizer([*(text or " " for text in texts), " "], add_special_tokens=False)["input_ids"]
+        starts = torch.tensor([0, *(len(own) for own in ids[:-1])]).cumsum(0)
+        ids = torch.tensor([token for own in ids for token in own])
         self.rows.weight.copy_(nn.functional.embedding_bag(ids, embedding, starts, mode="mean"))
         self.reset()
 
@@ -154,32 +168,41 @@ class VocabularyProjector(nn.Module):
 
     def _text(self, read: Tensor) -> tuple[Tensor, Tensor]:
         """The prompt and what one window's tokens say, and for each token the place of the state that it is read by."""
-        text = read != self.blank
-        new = text & (read != torch.cat([read.new_full((1,), self.blank), read[:-1]]))
+        new = self.new(read, [len(read)])
         ids = torch.cat([torch.tensor(self.prompt, device=read.device), read[new]])
-        return ids, new.cumsum(0) - text.long() + len(self.prompt) - 1
+        return ids, new.cumsum(0) - (read != self.blank).long() + len(self.prompt) - 1
 
     def log_probs(self, state: Tensor, blank: Tensor, classes: Tensor) -> Tensor:
         """(T, 1 + C) log-probabilities of the blank and the C ``classes``, among these alone, in a reading."""
         logits = nn.functional.linear(state, self.decoder.embed_tokens.weight[classes])
         return torch.cat([blank, logits], dim=-1).float().log_softmax(-1)
 
-    def forward(self, stacked: Tensor, lengths: list[int]) -> Tensor:
-        """(T, width) of windows of ``lengths`` speech tokens, one after the other -> (T, LLM width) speech tokens."""
-        return self.mixture(*self.readings(stacked, lengths)[-1])
+    def forward(self, stacked: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
+        """(T, width) of windows of ``lengths`` speech tokens, one after the other -> (T, LLM width) speech tokens, and
+        which of them (T,) say something new."""
+        return self.tokens(self.readings(stacked, lengths)[-1], lengths)
 
-    def mixture(self, state: Tensor, blank: Tensor) -> Tensor:
-        """A reading -> (T, LLM width) speech tokens."""
-        return torch.cat([self._mix(*chunk) for chunk in zip(state.split(CHUNK), blank.split(CHUNK))])
+    def tokens(self, reading: tuple[Tensor, Tensor], lengths: list[int]) -> tuple[Tensor, Tensor]:
+        """What :meth:`forward` gives, of a reading."""
+        likeliest = self.likeliest(*reading, count=MIXED)
+        new = self.new(likeliest[:, 0], lengths)
+        begins = torch.cat([own.cumsum(0) <= 1 for own in new.split(lengths)])
+        rows = torch.where(begins[:, None], self.unspaced[likeliest], likeliest)
+        chunks = zip(*(part.split(CHUNK) for part in (*reading, likeliest, rows)))
+        return torch.cat([self._mixture(*chunk) for chunk in chunks]), new
 
-    def _mix(self, state: Tensor, blank: Tensor) -> Tensor:
-        likeliest = self.likeliest(state, blank, MIXED)
+    def new(self, read: Tensor, lengths: list[int]) -> Tensor:
+        """Which of what was ``read`` (T,) is neither a blank nor a repeat within its window."""
+        before = [torch.cat([own.new_full((1,), self.blank), own[:-1]]) for own in read.split(lengths)]
+        return (read != self.blank) & (read != torch.cat(before))
+
+    def _mixture(self, state: Tensor, blank: Tensor, likeliest: Tensor, rows: Tensor) -> Tensor:
         # The logits of these alone once more, so that no gradient of the size of the vocabulary is ever held; and as
         # sums, which autocast leaves in float32: in bfloat16 a logit of 20 has but two digits.
         weight = self.decoder.embed_tokens.weight[likeliest.clamp(max=self.blank - 1)]
         logits = torch.where(likeliest == self.blank, blank, (weight * state[:, None]).sum(-1))
-        mixture = logits.float().softmax(-1).to(self.rows.weight.dtype)
-        return (mixture[..., None] * self.rows(likeliest)).sum(1)
+        mixture = (SHARPNESS * logits.float()).softmax(-1).to(self.rows.weight.dtype)
+        return (mixture[..., None] * self.rows(rows)).sum(1)
 
     @torch.no_grad()
     def likeliest(self, state: Tensor, blank: Tensor, count: int) -> Tensor:

@@ -81,6 +81,36 @@ def test_generation_with_and_without_cache_agree(tiny):
     assert ask(tiny, [conversation(tone(3))]) == ask(tiny, [conversation(tone(3))], use_cache=False)
 
 
+def test_speech_that_says_nothing_new_is_as_if_it_were_not_there(monkeypatch):
+    """Logits and answers equal those of the other speech tokens alone, in a batch padded on the left."""
+    model, processor = tiny_lyra("vocabulary")
+    clips = [tone(1.1, 1), tone(2.3, 2)]
+    inputs = processor.apply_chat_template([conversation(c) for c in clips], tokenize=True, add_generation_prompt=True)
+    new = torch.rand(34, generator=torch.Generator().manual_seed(0)) < 0.4
+    projector = model.speech_projector
+    monkeypatch.setattr(projector, "tokens", lambda *args, tokens=projector.tokens: (tokens(*args)[0], new))
+    fields = {name: inputs[name] for name in ("input_features", "feature_frames", "speech_tokens")}
+    with torch.no_grad():
+        logits = model(**inputs).logits
+        output = model.generate(**inputs, max_new_tokens=5, do_sample=False, pad_token_id=0)
+        speech = model.get_speech_features(**fields)
+        for row, (own, kept) in enumerate(zip(speech.split([11, 23]), new.split([11, 23]))):
+            ids = inputs["input_ids"][row][inputs["attention_mask"][row].bool()]
+            shown = torch.ones_like(ids, dtype=torch.bool)
+            shown[ids == model.config.speech_token_id] = kept
+            embeds = model.embed(ids[None], own)[:, shown]
+            alone = model(inputs_embeds=embeds).logits[0]
+            torch.testing.assert_close(logits[row, -len(ids) :][shown], alone, rtol=1e-4, atol=1e-4)
+            answer = model.generate(inputs_embeds=embeds, max_new_tokens=5, do_sample=False, pad_token_id=0)
+            assert output[row, inputs["input_ids"].shape[1] :].tolist() == answer[0].tolist()
+            assert output[row, : inputs["input_ids"].shape[1]].tolist() == inputs["input_ids"][row].tolist()
+
+
+def test_beams_of_a_batch_are_those_of_its_samples(tiny):
+    conversations = [conversation(tone(2, 1), "Hm?"), conversation(tone(31, 3))]
+    assert ask(tiny, conversations, num_beams=3) == [ask(tiny, [c], num_beams=3)[0] for c in conversations]
+
+
 def test_checkpoint_round_trip_through_auto_classes(tiny, tmp_path):
     from transformers import AutoModelForMultimodalLM, AutoProcessor
 

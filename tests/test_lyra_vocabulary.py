@@ -12,9 +12,8 @@ from lyra_model import LyraConfig, vocabulary
 @pytest.fixture
 def projector():
     model, processor = tiny_lyra("vocabulary")
-    texts = [*(tiny_speech_tokenizer().decode([t]) or " " for t in range(len(ALPHABET))), " "]
-    ids = processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
-    model.speech_projector.begin(model.get_input_embeddings().weight, ids)
+    texts = [tiny_speech_tokenizer().decode([t]) for t in range(len(ALPHABET))]
+    model.speech_projector.begin(model.get_input_embeddings().weight, texts, processor.tokenizer)
     for layer in (model.speech_projector.linear_2, model.speech_projector.linear_4):
         torch.nn.init.normal_(layer.weight, std=0.3)
     model.speech_projector.linear_2.bias.data[-1] = 0.1
@@ -101,8 +100,17 @@ def test_speech_tokens_are_the_mixture_of_the_likeliest_rows(projector, monkeypa
     state, blank = map(torch.cat, zip(*last))
     logits = logits_of(projector, state, blank)
     top = logits.topk(8)
-    expected = torch.einsum("tk,tkd->td", top.values.softmax(-1), projector.rows.weight[top.indices])
-    torch.testing.assert_close(projector(stacked, [6, 8]), expected, rtol=1e-4, atol=1e-4)
+    read = [logits_of(projector, *reading).argmax(-1).tolist() for reading in last]
+    said = [[t != projector.blank and (i == 0 or t != own[i - 1]) for i, t in enumerate(own)] for own in read]
+    assert 1 < sum(said[1]) < len(read[1])
+    # A window's first text is taken without the space before it: here "a" for "b".
+    projector.unspaced[:2] = torch.tensor([1, 0])
+    begins = [sum(own[: i + 1]) <= 1 for own in said for i in range(len(own))]
+    rows = torch.where(torch.tensor(begins)[:, None], projector.unspaced[top.indices], top.indices)
+    expected = torch.einsum("tk,tkd->td", (2 * top.values).softmax(-1), projector.rows.weight[rows])
+    speech, new = projector(stacked, [6, 8])
+    torch.testing.assert_close(speech, expected, rtol=1e-4, atol=1e-4)
+    assert new.tolist() == said[0] + said[1]
     classes = torch.tensor([3, 250, 17])
     log_probs = projector.log_probs(state, blank, classes)
     expected = torch.cat([logits[:, -1:], logits[:, classes]], -1).log_softmax(-1)
@@ -113,12 +121,12 @@ def test_gradients_are_those_of_the_mixture_over_everything_but_the_unlikely(pro
     """With every token in the mixture the gradient is the whole softmax's."""
     monkeypatch.setattr(vocabulary, "MIXED", len(ALPHABET) + 1)
     stacked = torch.randn(3, 144)
-    projector(stacked, [3]).square().sum().backward()
+    projector(stacked, [3])[0].square().sum().backward()
     learning = [p for name, p in projector.named_parameters() if name.startswith("linear_")]
     got = [p.grad.clone() for p in learning]
     projector.zero_grad()
     logits = logits_of(projector, *projector.readings(stacked, [3])[-1])
-    (logits.softmax(-1) @ projector.rows.weight).square().sum().backward()
+    ((2 * logits).softmax(-1) @ projector.rows.weight).square().sum().backward()
     for gradient, parameter in zip(got, learning):
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-3, atol=1e-4)
 

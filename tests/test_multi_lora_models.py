@@ -17,6 +17,7 @@ from test_lyra_model import conversation, tone  # noqa: E402
 from test_multi_lora_peft import LINEARS, RANKS, qwen2_vl  # noqa: E402
 
 from lyra_model import nano  # noqa: E402
+from lyra_model.modeling import SPEECH_FIELDS  # noqa: E402
 from lyra_ops.integrations import apply_multi_lora, modality_adapters  # noqa: E402
 from lyra_ops.integrations.multi_lora import RoutedLora  # noqa: E402
 
@@ -190,6 +191,10 @@ def test_generates_for_each_sample_what_it_generates_alone(case: Case) -> None:
 
     def generate(inputs: dict[str, Tensor]) -> Tensor:
         # Not the model's own generate, which may choose whether its adapters work.
+        if "input_features" in inputs:
+            ids, mask, speech = inputs["input_ids"], inputs["attention_mask"], {n: inputs[n] for n in SPEECH_FIELDS}
+            embeds, mask = case.model.join(ids, mask, **speech)
+            inputs = {"input_ids": ids, "attention_mask": mask, "prompt_embeds": embeds}
         out = transformers.GenerationMixin.generate(case.model, **inputs, **options)
         return out[:, inputs["input_ids"].shape[1] :]
 

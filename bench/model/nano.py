@@ -264,7 +264,7 @@ def share(args: argparse.Namespace, base: Path, processor: LyraProcessor) -> lis
         runs = {("none", ""): lambda batch=batch: stages["none"](batch)["loss"]}
         for name in ("published", "with dropping"):
             for backend in ("reference", "cpu"):
-                speech = model.speech_projector(stacked, lengths).detach().requires_grad_().split(lengths)
+                speech = model.speech_projector(stacked, lengths)[0].detach().requires_grad_().split(lengths)
                 runs[name, backend] = functools.partial(stages[name].regularizer, speech, batch, backend)
         for key, loss in runs.items():
             began = time.perf_counter()
