@@ -165,13 +165,18 @@ class JointStage(nn.Module):
         else:  # hidden ones need not be there at all
             ids, labels = self.prompts(batch, [int(own.sum()) for own in new.split(lengths)])
             embeds = model.embed(ids, speech[new])
+        typed = self.typed(batch)  # before the adapter's own forward: it switches the adapter off and on
         with disable_input_dtype_casting(model):
-            hidden = model.language_model.get_decoder()(
-                inputs_embeds=embeds, attention_mask=(ids != self.tokenizer.pad_token_id).long(), use_cache=False
-            ).last_hidden_state
-        reply = labels[:, 1:] != -100
-        logits = model.get_output_embeddings()(hidden[:, :-1][reply])
-        cross_entropy = nn.functional.cross_entropy(logits.float(), labels[:, 1:][reply])
+            logits = self.reply_logits(embeds, ids, labels)
+        asked = torch.cat(
+            [torch.full((int(n),), u.text in self.answers) for u, n in zip(batch, (labels != -100).sum(1))]
+        )
+        cross_entropy = nn.functional.cross_entropy(logits[~asked], labels[labels != -100][~asked], reduction="sum")
+        if typed is not None:
+            cross_entropy = cross_entropy + nn.functional.cross_entropy(
+                logits[asked], typed.softmax(-1), reduction="sum"
+            )
+        cross_entropy = cross_entropy / len(logits)
         losses = {"cross_entropy": cross_entropy, "loss": cross_entropy}
         if settings.regularizer:
             losses["regularizer"] = self.regularizer(speech.split(lengths), batch)
@@ -181,6 +186,26 @@ class JointStage(nn.Module):
             losses["alignment"] = sum(ends) / 2
             losses["loss"] = losses["loss"] + settings.joint_alignment * losses["alignment"]
         return losses
+
+    def reply_logits(self, embeds: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+        """In float32, of all tokens of all replies, one after the other."""
+        mask = (ids != self.tokenizer.pad_token_id).long()
+        decoder = self.model.language_model.get_decoder()
+        hidden = decoder(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
+        return self.model.get_output_embeddings()(hidden[:, :-1][labels[:, 1:] != -100]).float()
+
+    @torch.no_grad()
+    def typed(self, batch: list[Utterance]) -> Tensor | None:
+        """The logits of the replies to the questions in ``batch``, by the language model itself that has them typed."""
+        questions = [(u.text, self.answers[u.text]) for u in batch if u.text in self.answers]
+        if not questions:
+            return None
+        ids, labels = self.pad(questions)
+        self.model.disable_adapters()
+        try:
+            return self.reply_logits(self.model.embed(ids), ids, labels)
+        finally:
+            self.model.enable_adapters()
 
     def regularizer(self, speech: Sequence[Tensor], batch: list[Utterance], backend: str | None = None) -> Tensor:
         """The cross-modality regularizer between the speech tokens (N, d) of each utterance and what was said."""
@@ -198,15 +223,23 @@ class JointStage(nn.Module):
 
     def prompts(self, batch: list[Utterance], lengths: list[int]) -> tuple[Tensor, Tensor]:
         """Token ids and labels (-100 outside the reply), padded on the right."""
-        ids, labels = [], []
+        pairs = []
         for utterance, length in zip(batch, lengths):
             answer = self.answers.get(utterance.text)
-            content = [{"type": "text", "text": SPEECH_TOKEN * length + ("" if answer else f"\n{REPEAT}")}]
+            said = SPEECH_TOKEN * length
+            pairs.append((said, answer) if answer else (f"{said}\n{REPEAT}", f"{utterance.text}<|im_end|>"))
+        return self.pad(pairs)
+
+    def pad(self, pairs: list[tuple[str, str]]) -> tuple[Tensor, Tensor]:
+        """The ids and labels of questions and replies."""
+        ids, labels = [], []
+        for question, answer in pairs:
+            content = [{"type": "text", "text": question}]
             prompt = self.processor.apply_chat_template(
                 [{"role": "user", "content": content}], add_generation_prompt=True
             )
             prompt_ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-            reply = self.tokenizer(answer or f"{utterance.text}<|im_end|>", add_special_tokens=False)["input_ids"]
+            reply = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
             ids.append(torch.tensor(prompt_ids + reply))
             labels.append(torch.tensor([-100] * len(prompt_ids) + reply))
         pad = self.tokenizer.pad_token_id

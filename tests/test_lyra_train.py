@@ -101,6 +101,30 @@ def test_a_stopped_run_resumes_to_the_same_weights(tiny, utterances, tmp_path, s
         assert torch.equal(weight, resumed[name]), name
 
 
+def test_a_question_heard_as_if_typed_leaves_the_adapter_alone(tiny, utterances, monkeypatch):
+    """Its target is all that the language model might reply, not its likeliest reply; one that is misheard moves it."""
+    model, processor = copy.deepcopy(tiny[0]).requires_grad_(False), tiny[1]
+    targets = r"language_model\..*\.(q_proj|v_proj)"
+    model.add_adapter(training.LoraConfig(r=2, target_modules=targets), training.ADAPTER)
+    settings = dataclasses.replace(SETTINGS, regularizer=0.0, joint_alignment=0.0)
+    stage = training.JointStage(model, processor, settings, {"dab": "yes<|im_end|>", "add": "no"})
+    batch = [u for u in utterances if u.text in ("dab", "add")]
+
+    def moves(heard):
+        rows, new = [], []
+        for utterance, text in zip(batch, heard):
+            said = model.get_input_embeddings()(processor.tokenizer(text, return_tensors="pt")["input_ids"][0])
+            rows.append(torch.cat([torch.ones(len(utterance.stacked) - len(said), said.shape[1]), said]))
+            new.append(torch.arange(len(utterance.stacked)) >= len(utterance.stacked) - len(said))
+        monkeypatch.setattr(model.speech_projector, "forward", lambda *_: (torch.cat(rows), torch.cat(new)))
+        stage(batch)["loss"].backward()
+        adapter = [p for n, p in model.named_parameters() if "lora_B" in n]
+        return max(p.grad.abs().max().item() for p in adapter), model.zero_grad()
+
+    right, wrong = moves([u.text for u in batch])[0], moves(["bad", "a"])[0]
+    assert right < 1e-5 * wrong
+
+
 def test_the_adapter_learns_in_float32_beside_a_bfloat16_model(tiny, utterances, tmp_path):
     run(tiny, utterances, tmp_path)
     state = torch.load(tmp_path / "joint.pt")
