@@ -29,7 +29,7 @@ def reply(
     *,
     max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> list[str]:
-    """Greedy replies to conversations that all hold speech or all do not: the adapters work for a whole batch."""
+    """Greedy replies to conversations of one kind (speech, text or both): the adapters work for a whole batch."""
     inputs = processor.apply_chat_template(conversations, tokenize=True, add_generation_prompt=True)
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     texts = processor.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

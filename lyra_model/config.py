@@ -29,6 +29,8 @@ class LyraConfig(PreTrainedConfig):
         reader_frames: of "vocabulary": encoder frames before and after those of the speech token that it attends to.
         reader_vocabulary: of "vocabulary": number of Whisper's text tokens, the first of its vocabulary.
         readings: of "vocabulary": how often speech is read, from the second time on as text; at least 1.
+        adapters: the inputs that peft adapters work on: "speech", all that hold speech, or "speech and text", those
+            with text of the user's beside it.
 
     ``frames_per_token`` 5, ``projector_hidden_size`` 2048 and 30 s windows are the published model's
     (Lyra, arXiv 2412.09501, section 3.4; code of dvlab-research/Lyra).
@@ -52,6 +54,7 @@ class LyraConfig(PreTrainedConfig):
         reader_frames: tuple[int, int] = (5, 20),
         reader_vocabulary: int = 0,
         readings: int = 3,
+        adapters: str = "speech",
         **kwargs,
     ):
         if isinstance(text_config, dict):
@@ -69,6 +72,8 @@ class LyraConfig(PreTrainedConfig):
                 "projector: 'vocabulary' needs reader_prompt and reader_vocabulary, got "
                 f"{list(reader_prompt)} and {reader_vocabulary}"
             )
+        if adapters not in ("speech", "speech and text"):
+            raise ValueError(f"adapters: got {adapters!r}, expected 'speech' or 'speech and text'")
         if readings < 1:
             raise ValueError(f"readings: got {readings}, expected at least 1")
         positions = len(reader_prompt) + math.ceil(window_seconds * ENCODER_FRAMES / frames_per_token)
@@ -85,6 +90,7 @@ class LyraConfig(PreTrainedConfig):
         self.reader_frames = list(reader_frames)
         self.reader_vocabulary = reader_vocabulary
         self.readings = readings
+        self.adapters = adapters
         super().__init__(**kwargs)
 
     def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:

@@ -28,7 +28,8 @@ class LyraForConditionalGeneration(PreTrainedModel, GenerationMixin):
     replace, in order, the embeddings of ``config.speech_token_id`` in ``input_ids``. Those that say nothing new, by the
     projector's own reading, are hidden from the language model and take no position.
 
-    Adapters named ``speech`` (peft) belong to inputs with speech: :meth:`generate` runs them for such inputs only.
+    Peft adapters belong to inputs with speech, or with speech and text (``config.adapters``): :meth:`generate` runs
+    them for such inputs only.
     """
 
     config_class = LyraConfig
@@ -128,10 +129,12 @@ class LyraForConditionalGeneration(PreTrainedModel, GenerationMixin):
         feature_frames: Tensor | None = None,
         speech_tokens: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
+        user_text: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """``prompt_embeds`` (B, P, LLM width) stand for the first P of ``input_ids``, speech included."""
+        """``prompt_embeds`` (B, P, LLM width) stand for the first P of ``input_ids``, speech included; ``user_text`` is
+        for :meth:`generate` alone, which chooses adapters by it."""
         if input_features is not None:
             inputs_embeds, attention_mask = self.join(
                 input_ids,
@@ -167,14 +170,23 @@ class LyraForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return inputs
 
     def generate(self, inputs: Tensor | None = None, *args, **kwargs):
-        """``GenerationMixin.generate``; the peft adapters work where the input holds speech and rest where it does not.
+        """``GenerationMixin.generate``; the peft adapters work on the inputs of ``config.adapters`` and rest on others.
 
         The choice is made for the whole batch, as in the published code (section 3.2's M(x) per request), but where
-        ``lyra_ops.integrations.apply_multi_lora`` routes, its route is kept to.
+        ``lyra_ops.integrations.apply_multi_lora`` routes, its route is kept to. Inputs without ``user_text``, of a
+        prompt that was not rendered from a conversation, count as ones with text.
         """
-        speaks = kwargs.get("input_features") is not None
+        speaks, user_text = kwargs.get("input_features") is not None, kwargs.pop("user_text", None)
         if self._hf_peft_config_loaded:
-            if speaks or integrations.is_routed(self):
+            works = speaks
+            if speaks and self.config.adapters == "speech and text" and user_text is not None:
+                works = bool(user_text.any())
+                if works != bool(user_text.all()) and not integrations.is_routed(self):
+                    raise ValueError(
+                        "user_text: got speech with and without text beside it, expected one kind in a batch, since "
+                        "the adapters work for all of it; lyra_ops.integrations.apply_multi_lora routes each sample"
+                    )
+            if works or integrations.is_routed(self):
                 self.enable_adapters()
             else:
                 self.disable_adapters()

@@ -86,6 +86,7 @@ def build(*, projector_hidden_size: int = PROJECTOR_HIDDEN_SIZE) -> tuple[LyraFo
         projector_hidden_size=projector_hidden_size,
         reader_prompt=prompt,
         reader_vocabulary=prompt[0],  # the first token that is not text
+        adapters="speech and text",  # any change of weights costs same answers, and what is read alike needs none
         pad_seconds=6.0,
         pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=True,

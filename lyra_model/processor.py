@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from transformers import BatchFeature, ProcessorMixin
 
 from .audio import load_audio
@@ -87,22 +88,28 @@ class LyraProcessor(ProcessorMixin):
         add_generation_prompt: bool = False,
         **kwargs,
     ) -> str | list[str] | BatchFeature:
-        """Renders one conversation or a batch of them; with ``tokenize=True`` returns the model's inputs."""
+        """Renders one conversation or a batch of them; with ``tokenize=True`` returns the model's inputs.
+
+        Beside speech these hold ``user_text`` (B,), whether there is text of the user's in a conversation, too.
+        """
         batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
-        rendered, clips = [], []
+        rendered, clips, texts = [], [], []
         for messages in conversation if batched else [conversation]:
             flat = [{**m, "content": _flatten(m["content"], clips)} for m in messages]
+            texts.append(any(m["role"] == "user" and m["content"].replace(SPEECH_TOKEN, "").strip() for m in flat))
             rendered.append(
                 self.tokenizer.apply_chat_template(flat, tokenize=False, add_generation_prompt=add_generation_prompt)
             )
         if not tokenize:
             return rendered if batched else rendered[0]
         inputs = self(rendered, clips or None, **kwargs)
+        if clips:
+            inputs["user_text"] = torch.tensor(texts)
         return inputs if return_dict else inputs["input_ids"]
 
     @property
     def model_input_names(self) -> list[str]:
-        return ["input_ids", "attention_mask", "input_features", "feature_frames", "speech_tokens"]
+        return ["input_ids", "attention_mask", "input_features", "feature_frames", "speech_tokens", "user_text"]
 
 
 def _flatten(content: str | list[dict], clips: list[np.ndarray]) -> str:

@@ -69,9 +69,11 @@ class Settings:
     joint_steps: int = _setting(700, "optimizer steps of the joint stage; 0 leaves it out")
     joint_batch: int = _setting(16, "utterances per step of the joint stage")
     joint_lr: float = _setting(1e-3, "peak learning rate of the adapter")
-    question_repeats: int = _setting(5, "times a question is drawn in a round of the joint stage, others once")
+    question_repeats: int = _setting(
+        5, "times a question is drawn in a round of the joint stage, others once; 0: it is repeated like them"
+    )
     # Lower than the adapter's, so that the projector keeps what the align stage prepared.
-    projector_lr: float = _setting(2e-4, "peak learning rate of the projector in the joint stage")
+    projector_lr: float = _setting(2e-4, "peak learning rate of the projector in the joint stage; 0: it rests")
     regularizer: float = _setting(0.5, "lambda, weight of the cross-modality regularizer; 0 leaves it out")
     # Published: 0.06, on embeddings of a quarter of this norm; the products grow with its square.
     temperature: float = _setting(1.0, "temperature of the regularizer's contrastive cost")
@@ -159,27 +161,22 @@ class JointStage(nn.Module):
             speech, new = model.speech_projector.tokens(readings[-1], lengths)
         else:
             speech, new = model.speech_projector(stacked, lengths)
-        if new is None:
-            ids, labels = self.prompts(batch, lengths)
-            embeds = model.embed(ids, speech)
-        else:  # hidden ones need not be there at all
-            ids, labels = self.prompts(batch, [int(own.sum()) for own in new.split(lengths)])
-            embeds = model.embed(ids, speech[new])
-        typed = self.typed(batch)  # before the adapter's own forward: it switches the adapter off and on
-        with disable_input_dtype_casting(model):
-            logits = self.reply_logits(embeds, ids, labels)
-        asked = torch.cat(
-            [torch.full((int(n),), u.text in self.answers) for u, n in zip(batch, (labels != -100).sum(1))]
-        )
-        cross_entropy = nn.functional.cross_entropy(logits[~asked], labels[labels != -100][~asked], reduction="sum")
-        if typed is not None:
-            cross_entropy = cross_entropy + nn.functional.cross_entropy(
-                logits[asked], typed.softmax(-1), reduction="sum"
-            )
-        cross_entropy = cross_entropy / len(logits)
-        losses = {"cross_entropy": cross_entropy, "loss": cross_entropy}
+        speech = speech.split(lengths)
+        shown = (
+            speech if new is None else [own[n] for own, n in zip(speech, new.split(lengths))]
+        )  # hidden ones not at all
+        cross_entropy, count = 0.0, 0
+        # Repeating last: backward needs the adapter to be switched on.
+        for asked in (True, False):
+            own = [i for i, u in enumerate(batch) if (u.text in self.answers) == asked]
+            if own:
+                logits, targets = self.replies([batch[i] for i in own], [shown[i] for i in own], asked)
+                cross_entropy = cross_entropy + nn.functional.cross_entropy(logits, targets, reduction="sum")
+                count += len(logits)
+        losses = {"cross_entropy": cross_entropy / count}
+        losses["loss"] = losses["cross_entropy"]
         if settings.regularizer:
-            losses["regularizer"] = self.regularizer(speech.split(lengths), batch)
+            losses["regularizer"] = self.regularizer(speech, batch)
             losses["loss"] = losses["loss"] + settings.regularizer * losses["regularizer"]
         if self.align:
             ends = [self.align.loss(batch, lengths, *reading) for reading in (readings[0], readings[-1])]
@@ -187,25 +184,35 @@ class JointStage(nn.Module):
             losses["loss"] = losses["loss"] + settings.joint_alignment * losses["alignment"]
         return losses
 
+    def replies(self, batch: list[Utterance], speech: list[Tensor], asked: bool) -> tuple[Tensor, Tensor]:
+        """Logits and targets of the replies to utterances that are all questions to answer, or all to repeat."""
+        pairs = []
+        for utterance, own in zip(batch, speech):
+            said = SPEECH_TOKEN * len(own)
+            answer = self.answers[utterance.text] if asked else f"{utterance.text}<|im_end|>"
+            pairs.append((said if asked else f"{said}\n{REPEAT}", answer))
+        ids, labels = self.tokenize(pairs)
+        embeds = self.model.embed(ids, torch.cat(speech))
+        if not asked:
+            return self.reply_logits(embeds, ids, labels), labels[labels != -100]
+        typed_ids, typed_labels = self.tokenize([(u.text, self.answers[u.text]) for u in batch])
+        self.model.disable_adapters()
+        try:
+            with torch.no_grad():
+                typed = self.reply_logits(self.model.embed(typed_ids), typed_ids, typed_labels)
+            if self.model.config.adapters == "speech":
+                self.model.enable_adapters()
+            return self.reply_logits(embeds, ids, labels), typed.softmax(-1)
+        finally:
+            self.model.enable_adapters()
+
     def reply_logits(self, embeds: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
         """In float32, of all tokens of all replies, one after the other."""
         mask = (ids != self.tokenizer.pad_token_id).long()
         decoder = self.model.language_model.get_decoder()
-        hidden = decoder(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
+        with disable_input_dtype_casting(self.model):
+            hidden = decoder(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
         return self.model.get_output_embeddings()(hidden[:, :-1][labels[:, 1:] != -100]).float()
-
-    @torch.no_grad()
-    def typed(self, batch: list[Utterance]) -> Tensor | None:
-        """The logits of the replies to the questions in ``batch``, by the language model itself that has them typed."""
-        questions = [(u.text, self.answers[u.text]) for u in batch if u.text in self.answers]
-        if not questions:
-            return None
-        ids, labels = self.pad(questions)
-        self.model.disable_adapters()
-        try:
-            return self.reply_logits(self.model.embed(ids), ids, labels)
-        finally:
-            self.model.enable_adapters()
 
     def regularizer(self, speech: Sequence[Tensor], batch: list[Utterance], backend: str | None = None) -> Tensor:
         """The cross-modality regularizer between the speech tokens (N, d) of each utterance and what was said."""
@@ -221,17 +228,8 @@ class JointStage(nn.Module):
             backend=backend,
         )
 
-    def prompts(self, batch: list[Utterance], lengths: list[int]) -> tuple[Tensor, Tensor]:
-        """Token ids and labels (-100 outside the reply), padded on the right."""
-        pairs = []
-        for utterance, length in zip(batch, lengths):
-            answer = self.answers.get(utterance.text)
-            said = SPEECH_TOKEN * length
-            pairs.append((said, answer) if answer else (f"{said}\n{REPEAT}", f"{utterance.text}<|im_end|>"))
-        return self.pad(pairs)
-
-    def pad(self, pairs: list[tuple[str, str]]) -> tuple[Tensor, Tensor]:
-        """The ids and labels of questions and replies."""
+    def tokenize(self, pairs: list[tuple[str, str]]) -> tuple[Tensor, Tensor]:
+        """Token ids of questions and replies, and labels (-100 outside the reply), padded on the right."""
         ids, labels = [], []
         for question, answer in pairs:
             content = [{"type": "text", "text": question}]
@@ -413,7 +411,10 @@ def train(
         weights = {name.removeprefix("base_model.model."): weight for name, weight in weights.items()}
         set_peft_model_state_dict(model, weights, adapter_name=ADAPTER)
     if settings.joint_steps:
-        unfreeze(model.speech_projector)
+        if settings.projector_lr:
+            unfreeze(model.speech_projector)
+        if not settings.question_repeats:
+            answers = {}
         align = AlignStage(model, speech_tokenizer, settings) if settings.joint_alignment else None
         stage = JointStage(model, processor, settings, answers, align)
         questions = [u for u in utterances if u.text in answers]

@@ -142,6 +142,31 @@ def test_adapter_works_on_speech_only(tiny, tmp_path):
     assert ask(lyra_model.load(tmp_path / "whole"), [conversation(tone(2))]) == spoken
 
 
+def test_adapter_works_on_speech_with_text_only(tmp_path):
+    """Where the configuration says so; a prompt that came from no conversation counts as one with text."""
+    pytest.importorskip("peft")
+    from peft import LoraConfig
+
+    model, processor = tiny_lyra("vocabulary")
+    model.config.adapters = "speech and text"
+    alone, both = [conversation(tone(2))], [conversation(tone(2), "Hm?")]
+    plain, plain_both = ask((model, processor), alone), ask((model, processor), both)
+    target = r"language_model\..*\.q_proj"
+    model.add_adapter(LoraConfig(r=4, target_modules=target, init_lora_weights=False, lora_alpha=64), "speech")
+    assert ask((model, processor), alone) == plain
+    assert ask((model, processor), both) != plain_both
+    assert ask((model, processor), alone) == plain, "the adapter stays on"
+    with pytest.raises(ValueError, match="user_text: got speech with and without text beside it"):
+        ask((model, processor), alone + both)
+    inputs = processor.apply_chat_template(alone, tokenize=True, add_generation_prompt=True)
+    del inputs["user_text"]
+    output = model.generate(**inputs, max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert output[:, inputs["input_ids"].shape[1] :].tolist() != plain
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert ask(lyra_model.load(tmp_path), alone) == plain
+
+
 def test_placeholders_and_clips_must_match(tiny):
     model, processor = tiny
     with pytest.raises(ValueError, match="audio: got 0 clips, expected 1"):

@@ -107,6 +107,7 @@ def test_a_question_heard_as_if_typed_leaves_the_adapter_alone(tiny, utterances,
     targets = r"language_model\..*\.(q_proj|v_proj)"
     model.add_adapter(training.LoraConfig(r=2, target_modules=targets), training.ADAPTER)
     settings = dataclasses.replace(SETTINGS, regularizer=0.0, joint_alignment=0.0)
+    assert model.config.adapters == "speech"
     stage = training.JointStage(model, processor, settings, {"dab": "yes<|im_end|>", "add": "no"})
     batch = [u for u in utterances if u.text in ("dab", "add")]
 
@@ -123,6 +124,31 @@ def test_a_question_heard_as_if_typed_leaves_the_adapter_alone(tiny, utterances,
 
     right, wrong = moves([u.text for u in batch])[0], moves(["bad", "a"])[0]
     assert right < 1e-5 * wrong
+
+
+def test_what_is_to_rest_rests(tiny, utterances, tmp_path):
+    """The projector without a learning rate; and the adapter in answering, where it works beside text only."""
+    first = run(tiny, utterances, tmp_path / "first")
+    alone = dataclasses.replace(
+        SETTINGS, align_steps=0, reread_steps=0, projector_lr=0.0, joint_alignment=0.0, regularizer=0.0,
+        question_repeats=0,
+    )  # fmt: skip
+    second = run(tiny, utterances, tmp_path / "second", init=tmp_path / "first", settings=alone)
+    for name, weight in first.items():
+        same = torch.equal(second[name].to(torch.bfloat16), weight.to(torch.bfloat16))
+        assert same == ("lora" not in name), name
+    model = copy.deepcopy(tiny[0])
+    model.config.adapters = "speech and text"
+    asked = [u for u in utterances if u.text == "dab"]
+    settings = dataclasses.replace(SETTINGS, align_steps=0, reread_steps=0, joint_steps=2, joint_batch=1)
+    training.train(
+        model, tiny[1], tiny_speech_tokenizer(), asked, {"dab": "yes"}, settings, tmp_path, init=tmp_path / "first"
+    )
+    for name, weight in model.state_dict().items():
+        if "lora" in name:
+            assert torch.equal(weight.to(torch.bfloat16), first[name].to(torch.bfloat16)), name
+        elif "projector.linear" in name:
+            assert not torch.equal(weight.to(torch.bfloat16), first[name].to(torch.bfloat16)), name
 
 
 def test_the_adapter_learns_in_float32_beside_a_bfloat16_model(tiny, utterances, tmp_path):
