@@ -55,7 +55,7 @@ def _setting(default: float | str, text: str) -> Any:
 
 @dataclass
 class Settings:
-    """Everything that decides the trained weights, and is written beside them; the defaults made those of nano."""
+    """Everything that decides the trained weights, and is written beside them."""
 
     utterances: int = _setting(12_000, "texts to speak and to learn from, out of a fixed order")
     start: int = _setting(0, "place of the first of them in that order, a multiple of 500")
