@@ -204,7 +204,7 @@ def test_every_path_crosses_every_antidiagonal_cut_once(pair, dtype, band) -> No
 
 
 def diagonal_shares(record: Tensor, inside: Tensor, dtype: torch.dtype) -> Tensor:
-    """(n, m) from the records of the CPU kernel, laid out as csrc/soft_dtw/stripes.h says."""
+    """(n, m) from the records of the CPU kernel, laid out as csrc/soft_dtw/cpu/records.h says."""
     lanes, skew, size = 8, 2, 16 if dtype == torch.float64 else 4
     shares, at = torch.zeros(inside.shape, dtype=torch.float64), 0
     for row in range(0, len(inside), lanes):

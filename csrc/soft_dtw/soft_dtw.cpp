@@ -1,4 +1,4 @@
-// Soft-DTW: the schema of the raw ops, and their CPU implementation; the sweeps themselves are in stripes.h.
+// Soft-DTW: the schema of the raw ops, and their CPU implementation; the sweeps themselves are in cpu/.
 //
 // Forward.  M_ij = C_ij + softmin_gamma(A_{i-1,j-1}, A_{i-1,j}, M_{i,j-1}), A_ij = M_ij or, with prices for dropped
 // rows, softmin_gamma(M_ij, A_{i-1,j} + drop_i), A_{-1,-1} = 0, A_{i,-1} = drop_0 + .. + drop_i, value = A_{n-1,m-1}.
@@ -37,8 +37,8 @@
 #include <sys/mman.h>
 #endif
 
+#include "cpu/curvature.h"
 #include "lyra/check.h"
-#include "stripes.h"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lyra, m) {
   m.def(
@@ -215,7 +215,7 @@ template <typename S>
 double backward_pair(const Backward<S>& f, const Plan& plan, bool together) {
   Buffer<Vec<S>> buffer(plan.frontier, Vec<S>{});
   auto* frontier = buffer.data();
-  const Vec<S> origin = begin_backward<S>(f.pair, plan, frontier);
+  const Vec<S> origin = begin_backward(f.pair, plan, frontier, std::identity{});
   std::vector<double> entropy(plan.count());
   const auto run = [&](int64_t from, int64_t to, Progress* progress) {
     backward_some(f, plan, from, to, frontier, origin, entropy.data(), progress);
@@ -241,13 +241,12 @@ double backward_pair(const Backward<S>& f, const Plan& plan, bool together) {
   return std::accumulate(entropy.begin(), entropy.end(), 0.0);
 }
 
-// Returns (slope, its derivative in gamma): see stripes.h.
+// Returns (slope, its derivative in gamma): see cpu/curvature.h.
 template <typename S>
 std::tuple<double, double> curvature_pair(const Curvature<S>& f, const Plan& plan) {
   const Pair& pair = f.out.pair;
   const int64_t bytes = record_bytes(f.out.store, pair.dropping), each = pair.dropping ? 3 : 2;
   Buffer<Vec<S>> rates(plan.bytes / bytes * each, Vec<S>{});
-  const int lane = (pair.n - 1) % kLanes;
   double slope = 0, in_gamma = 0;
   {
     Buffer<Vec<double>> frontier(plan.frontier, Vec<double>{});  // what it holds of closed cells has no share
@@ -256,13 +255,10 @@ std::tuple<double, double> curvature_pair(const Curvature<S>& f, const Plan& pla
               rates.data() + plan.offset[s] / bytes * each);
     }
     const Stripe& end = plan.stripes.back();
-    slope = frontier.data()[end.leaves(end.step_of(pair.n - 1, pair.m - 1))][lane];
+    slope = frontier.data()[end.leaves(end.step_of(pair.n - 1, pair.m - 1))][(pair.n - 1) % kLanes];
   }
   Buffer<Flow> frontier(plan.frontier, Flow{});
-  Flow origin;
-  const Stripe& end = plan.stripes.back();
-  lane + 1 < kLanes ? origin.mass[lane + 1] = 1.0
-                    : frontier.data()[end.below(end.step_of(pair.n - 1, pair.m - 1))].mass[0] = 1.0;
+  const Flow origin = begin_backward(pair, plan, frontier.data(), &Flow::mass);
   for (int64_t s = plan.count() - 1; s >= 0; --s) {
     const Stripe& now = plan.stripes[s];
     if (pair.low != nullptr && s + 1 < plan.count()) {

@@ -460,7 +460,7 @@ def _(cost, x_lengths, y_lengths, gamma, gammas, band, low, high, drop, store):
     if cost.device.type == "cuda":
         kept = kept_bytes_on_cuda(rows, columns, band, store, drop is not None)
         return cost.new_empty(batch), cost.new_empty(batch, kept, dtype=torch.uint8)
-    # csrc/soft_dtw/stripes.h: most_steps, record_bytes
+    # csrc/soft_dtw/cpu/stripe.h: most_steps, record_bytes
     lanes, reach = 8, 15
     stripes = (rows + lanes - 1) // lanes
     steps = stripes * (columns + reach)

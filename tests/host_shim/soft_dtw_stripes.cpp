@@ -1,5 +1,5 @@
-// The sweeps of csrc/soft_dtw/stripes.h over one float32 pair, for ctypes: compiled once for each instruction set.
-#include "soft_dtw/stripes.h"
+// The sweeps of csrc/soft_dtw/cpu over one float32 pair, for ctypes: compiled once for each instruction set.
+#include "soft_dtw/cpu/backward.h"
 
 using namespace lyra::soft_dtw_cpu;
 using Narrow = Soft<float, float>;
@@ -22,7 +22,7 @@ extern "C" double sweep(const float* cost, int64_t n, int64_t m, double gamma, i
                 : forward_stripes<false>(f, cell, plan, 0, plan.count(), arrived.data(), nullptr);
 
   Buffer<Vec<float>> sent(plan.frontier, Vec<float>{});
-  const Vec<float> origin = begin_backward<float>(pair, plan, sent.data());
+  const Vec<float> origin = begin_backward(pair, plan, sent.data(), std::identity{});
   std::vector<double> entropy(plan.count());
   const Backward<float> b{pair, grad, m, grad_drop, 1, records.data(), store, false};
   pair.dropping
