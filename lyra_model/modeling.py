@@ -178,18 +178,16 @@ class LyraForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         speaks, user_text = kwargs.get("input_features") is not None, kwargs.pop("user_text", None)
         if self._hf_peft_config_loaded:
+            routed = integrations.is_routed(self)
             works = speaks
             if speaks and self.config.adapters == "speech and text" and user_text is not None:
                 works = bool(user_text.any())
-                if works != bool(user_text.all()) and not integrations.is_routed(self):
+                if not routed and works != bool(user_text.all()):
                     raise ValueError(
                         "user_text: got speech with and without text beside it, expected one kind in a batch, since "
                         "the adapters work for all of it; lyra_ops.integrations.apply_multi_lora routes each sample"
                     )
-            if works or integrations.is_routed(self):
-                self.enable_adapters()
-            else:
-                self.disable_adapters()
+            (self.enable_adapters if works or routed else self.disable_adapters)()
         if speaks:
             # Once, before the first step: every step needs the mask that comes of it.
             speech = {name: kwargs.pop(name) for name in SPEECH_FIELDS}

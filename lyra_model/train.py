@@ -162,9 +162,8 @@ class JointStage(nn.Module):
         else:
             speech, new = model.speech_projector(stacked, lengths)
         speech = speech.split(lengths)
-        shown = (
-            speech if new is None else [own[n] for own, n in zip(speech, new.split(lengths))]
-        )  # hidden ones not at all
+        # What is hidden from the language model need not be there at all.
+        shown = speech if new is None else [own[n] for own, n in zip(speech, new.split(lengths))]
         cross_entropy, count = 0.0, 0
         # Repeating last: backward needs the adapter to be switched on.
         for asked in (True, False):
