@@ -11,8 +11,8 @@
 - share: the part of a joint step that the regularizer takes, on the plain-torch reference and on the compiled kernel.
 
 All but eval need the training speech that `lyra train` puts into --cache. Word error rates of size, reading and
-alignment are on the dev split, those of regularizer on the held-out phrases; half of either is spoken by a voice never
-trained on.
+alignment are on the dev split, regularizer is judged by held-out phrases and everyday questions; half of each is spoken
+by a voice never trained on.
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ def reads(model: LyraForConditionalGeneration, utterances: list[Utterance], read
 
 
 def regularizer(args: argparse.Namespace, base: Path, processor: LyraProcessor) -> list[dict]:
-    phrases, _ = evaluate.spoken(args.cache, "test", args.limit)
+    phrases, questions = evaluate.spoken(args.cache, "test", args.limit)
     start, utterances, answers = joint_stage(args, base, processor)
     settings = Settings(utterances=args.utterances, start=args.start, joint_steps=args.steps or 40)
     settings = dataclasses.replace(
@@ -220,7 +220,8 @@ def regularizer(args: argparse.Namespace, base: Path, processor: LyraProcessor) 
     for seed in args.seeds:
         for variant in args.variants or REGULARIZERS:
             own = dataclasses.replace(settings, seed=seed, **REGULARIZERS[variant])
-            row = {"variant": variant, "seed": seed, "phrases": len(phrases), "settings": dataclasses.asdict(own)}
+            row = {"variant": variant, "seed": seed, "settings": dataclasses.asdict(own)}
+            row |= {"phrases": len(phrases), "questions": len(questions)}
             kept = args.out / f"{variant.replace(' ', '_')}-{seed}.json"
             if kept.exists() and (known := json.loads(kept.read_text())).items() >= row.items():
                 rows.append(known)
@@ -230,11 +231,12 @@ def regularizer(args: argparse.Namespace, base: Path, processor: LyraProcessor) 
                 train(model, processor, nano.speech_tokenizer(), utterances, answers, own, Path(out), init=args.init)
                 log = [json.loads(line) for line in (Path(out) / "joint.jsonl").read_text().splitlines()]
             model.eval().to(torch.bfloat16)
-            result = evaluate.repeat(model, processor, phrases)
-            rows.append(row | {k: round(v, 4) for k, v in result.items() if k != "rows"} | {"last losses": log[-1]})
+            for task in evaluate.evaluate(model, processor, phrases, questions).values():
+                row |= {k: round(v, 4) for k, v in task.items() if k != "rows"}
+            rows.append(row | {"last losses": log[-1]})
             kept.write_text(json.dumps(rows[-1]))
             print({k: v for k, v in rows[-1].items() if k != "settings"}, flush=True)
-    summarize(rows, "variant", ("word_error_rate",))
+    summarize(rows, "variant", ("word_error_rate", "same"))
     return rows
 
 
