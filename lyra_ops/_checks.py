@@ -25,6 +25,10 @@ def check_tensor(
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
+    if value.is_nested:
+        raise TypeError(f"{name}: got a nested tensor, expected a padded one with lengths")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name}: got layout {str(value.layout).removeprefix('torch.')}, expected strided")
     if shape is not None:
         got = tuple(value.shape)
         fits = len(got) == len(shape) and all(isinstance(w, str) or g == w for g, w in zip(got, shape))
@@ -60,7 +64,10 @@ def check_lengths(name: str, lengths: object, batch: int, size: int, device: tor
             raise ValueError(f"{name}: sample 0 has length {size}, expected at least {least}")
         return torch.full((batch,), size, dtype=torch.int64, device=device)
     if not isinstance(lengths, Tensor):
-        lengths = torch.as_tensor(lengths)
+        try:
+            lengths = torch.as_tensor(lengths)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"{name}: got {lengths!r}, expected a tensor or a list of {batch} ints") from None
     check_tensor(name, lengths, shape=(batch,), dtypes=INT_DTYPES)
     if readable(lengths):
         for b, length in enumerate(lengths.tolist()):

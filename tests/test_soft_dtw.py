@@ -88,7 +88,7 @@ def test_matches_tslearn(backend: str) -> None:
     for b, (n, m) in enumerate(zip(x_lengths.tolist(), y_lengths.tolist())):
         expected, want = tslearn.soft_dtw_alignment(x[b, :n].numpy(), y[b, :m].numpy(), gamma=0.1)
         assert value[b].item() == pytest.approx(want, rel=1e-10)
-        torch.testing.assert_close(alignment[b, :n, :m], torch.from_numpy(expected), rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(alignment[b, :n, :m], torch.from_numpy(expected), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -567,6 +567,43 @@ def test_a_cost_that_was_changed_before_backward_is_noticed() -> None:
         value.sum().backward()
 
 
+@pytest.mark.parametrize("source", ["cost", "gamma", "drop"])
+def test_a_third_derivative_is_refused_wherever_it_is_asked_for(source: str) -> None:
+    """A second derivative that only kept silent of its own would leave its part out of a sum."""
+    sources = {
+        "cost": random(1, 3, 4),
+        "gamma": torch.tensor(0.7, dtype=torch.float64),
+        "drop": random(1, 3, seed=1).abs(),
+    }
+    leaf = sources[source].requires_grad_()
+    value = soft_dtw_from_cost(
+        sources["cost"] ** 2, gamma=sources["gamma"] ** 2, drop_cost=sources["drop"] ** 2, backend="cpu"
+    )
+    (first,) = torch.autograd.grad(value.sum(), leaf, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="soft_dtw: third derivatives .* backend='reference'"):
+        torch.autograd.grad(second.sum(), leaf)
+
+
+def test_what_the_kernels_know_nothing_of_is_left_to_the_reference() -> None:
+    """torch.func's transforms and forward-mode differentiation: a kernel would take the tangent for zero."""
+    cost, along = random(2, 4, 3), random(2, 4, 3, seed=1)
+    value, gradient = value_and_gradient(cost, gamma=0.5)
+
+    def loss(cost: Tensor, **options) -> Tensor:
+        return soft_dtw_from_cost(cost, gamma=0.5, **options)
+
+    same(torch.func.grad(lambda c: loss(c).sum())(cost), gradient)
+    same(torch.func.vmap(lambda c: loss(c[None])[0])(cost), value)
+    same(torch.func.jvp(loss, (cost,), (along,))[1], (gradient * along).sum((1, 2)))
+    with torch.autograd.forward_ad.dual_level():
+        dual = loss(torch.autograd.forward_ad.make_dual(cost, along))
+        same(torch.autograd.forward_ad.unpack_dual(dual).tangent, (gradient * along).sum((1, 2)))
+    with pytest.raises(ValueError, match="backend: 'cpu' cannot serve this call .* torch.func"):
+        torch.func.jvp(lambda c: loss(c, backend="cpu"), (cost,), (along,))
+    assert backend_of(soft_dtw_from_cost, cost) == "cpu"
+
+
 def cost_of(*shape: int, **kwargs) -> Tensor:
     return torch.zeros(shape, **kwargs)
 
@@ -590,6 +627,17 @@ def cost_of(*shape: int, **kwargs) -> Tensor:
         ),
         (lambda: soft_dtw_from_cost(cost_of(2, 3, 4), torch.tensor([3])), ValueError, "x_lengths: got shape (1,)"),
         (lambda: soft_dtw_from_cost(cost_of(1, 3, 4), torch.tensor([3.0])), TypeError, "x_lengths: got dtype float32"),
+        (lambda: soft_dtw_from_cost(cost_of(1, 3, 4), ["3"]), TypeError, "x_lengths: got ['3'], expected a tensor or"),
+        (
+            lambda: soft_dtw_from_cost(cost_of(1, 3, 4).to_sparse()),
+            TypeError,
+            "cost: got layout sparse_coo, expected strided",
+        ),
+        (
+            lambda: soft_dtw(torch.nested.nested_tensor([cost_of(3, 4)], layout=torch.jagged), cost_of(1, 3, 4)),
+            TypeError,
+            "x: got a nested tensor, expected a padded one",
+        ),
         (
             lambda: soft_dtw(cost_of(2, 3, 4), cost_of(2, 3, 5)),
             ValueError,
@@ -611,13 +659,31 @@ def cost_of(*shape: int, **kwargs) -> Tensor:
             ValueError,
             "temperature: got 0.0",
         ),
+        (
+            lambda: soft_dtw(cost_of(1, 2, 2), cost_of(1, 2, 2), cost="contrastive", temperature=math.nan),
+            ValueError,
+            "temperature: got nan",
+        ),
+        (
+            lambda: soft_dtw(cost_of(1, 2, 2), cost_of(1, 2, 2), cost="contrastive", temperature=torch.ones(())),
+            TypeError,
+            "temperature: got Tensor, expected a float",
+        ),
         (lambda: soft_dtw_from_cost(cost_of(1, 2, 2), gamma=-1.0), ValueError, "gamma: got -1.0, expected 0 <= gamma"),
         (lambda: soft_dtw_from_cost(cost_of(1, 2, 2), gamma=math.nan), ValueError, "gamma: got nan"),
         (lambda: soft_dtw_from_cost(cost_of(1, 2, 2), gamma="1"), TypeError, "gamma: got str"),
+        (lambda: soft_dtw_from_cost(cost_of(1, 2, 2), gamma=1e-320), ValueError, "gamma: got 1e-320, expected 0 or"),
+        (lambda: soft_dtw_from_cost(cost_of(1, 2, 2), gamma=10**400), ValueError, "gamma: got 1000"),
+        (
+            lambda: soft_dtw_from_cost(cost_of(1, 2, 2), gamma=torch.tensor(math.inf)),
+            ValueError,
+            "gamma: got a tensor with",
+        ),
         (lambda: soft_dtw_from_cost(cost_of(2, 2, 2), gamma=torch.ones(3)), ValueError, "gamma: got shape (3,)"),
         (lambda: soft_dtw_from_cost(cost_of(1, 2, 2), gamma=torch.zeros(1)), ValueError, "gamma: got a tensor with"),
         (lambda: soft_dtw_from_cost(cost_of(1, 2, 2), band=-1), ValueError, "band: got -1, expected >= 0"),
         (lambda: soft_dtw_from_cost(cost_of(1, 2, 2), band=0.5), TypeError, "band: got float"),
+        (lambda: soft_dtw_from_cost(cost_of(1, 2, 2), band=2**63), ValueError, "band: got 9223372036854775808"),
         (lambda: soft_dtw_from_cost(cost_of(1, 2, 2), band=(1,)), ValueError, "band: got 1 entries"),
         (
             lambda: soft_dtw_from_cost(cost_of(1, 2, 2), band=(torch.zeros(2, dtype=torch.int64),) * 2),

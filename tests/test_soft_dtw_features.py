@@ -154,6 +154,7 @@ def test_packed_alignment_is_padded_bit_for_bit() -> None:
         ({"cu_seqlens_x": torch.tensor([0, 2, 4, 6])}, "cu_seqlens_x: begins and ends with 0 and 6"),
         ({"cu_seqlens_y": torch.tensor([0, 1])}, "cu_seqlens_y: got shape"),
         ({"max_seqlen_x": 1}, "max_seqlen_x: got 1"),
+        ({"max_seqlen_y": "4"}, "max_seqlen_y: got .4., expected an int"),
     ],
 )
 def test_packed_errors_name_the_argument(change: dict, message: str) -> None:
@@ -163,7 +164,7 @@ def test_packed_errors_name_the_argument(change: dict, message: str) -> None:
         "cu_seqlens_x": torch.tensor([0, 2, 3, 5]),
         "cu_seqlens_y": torch.tensor([0, 1, 2, 4]),
     }
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         lyra_ops.soft_dtw_packed(**arguments | change)
 
 
@@ -255,6 +256,22 @@ def test_drop_in_class_takes_a_distance_function() -> None:
     same(got, soft_dtw(x, y, cost="l1", gamma=0.7))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"dist_func": lambda a, b: a}, ValueError, "dist_func's result: got shape (1, 3, 4), expected (1, 3, 2)"),
+        ({"dist_func": "l1"}, TypeError, "dist_func: got str, expected None or a function"),
+        ({"bandwidth": "1"}, TypeError, "bandwidth: got str, expected None or a number"),
+        ({"bandwidth": -1}, ValueError, "bandwidth: got -1"),
+        ({"gamma": -1.0}, ValueError, "gamma: got -1.0"),
+    ],
+)
+def test_drop_in_class_refuses(arguments: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error) as raised:
+        lyra_ops.SoftDTW(use_cuda=False, **arguments)(random(1, 3, 4), random(1, 2, 4))
+    assert message in str(raised.value)
+
+
 def test_drop_in_class_refuses_a_cpu_tensor_where_cuda_was_asked_for() -> None:
     with pytest.raises(ValueError, match="X: got a tensor on cpu"):
         lyra_ops.SoftDTW(use_cuda=True)(random(1, 2, 2), random(1, 2, 2))
@@ -289,7 +306,7 @@ def test_matches_aeon_and_ott() -> None:
     theirs = costs.SoftDTW(gamma=0.5, ground_cost=costs.SqEuclidean())
     ott, slope = jax.value_and_grad(theirs)(jax.numpy.asarray(a), jax.numpy.asarray(b))
     assert float(ott) == pytest.approx(value.item(), rel=1e-10)
-    same(gradient[0], torch.tensor(slope.tolist(), dtype=torch.float64))
+    torch.testing.assert_close(gradient[0], torch.tensor(slope.tolist(), dtype=torch.float64), rtol=1e-10, atol=1e-10)
     debiased = costs.SoftDTW(gamma=0.5, ground_cost=costs.SqEuclidean(), debiased=True)
     divergence = lyra_ops.soft_dtw_divergence(x, y, gamma=0.5).item()
     assert float(debiased(jax.numpy.asarray(a), jax.numpy.asarray(b))) == pytest.approx(divergence, rel=1e-10)

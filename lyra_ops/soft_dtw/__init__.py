@@ -35,11 +35,12 @@ Common to all functions here:
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lyra_ops._backend import choose, missing_kernel, register_fake
 from lyra_ops._checks import FLOAT_DTYPES, INT_DTYPES, check_lengths, check_option, check_tensor, readable
@@ -178,7 +179,9 @@ def check_features(x: object, y: object, cost: str, temperature: float) -> tuple
     check_tensor("x", x, shape=("B", "N", "D"), dtypes=FLOAT_DTYPES)
     check_tensor("y", y, shape=(x.shape[0], "M", x.shape[2]), dtypes=FLOAT_DTYPES, device=x.device)
     check_option("cost", cost, COSTS)
-    if temperature <= 0 or (cost != "contrastive" and temperature != 1.0):
+    if not isinstance(temperature, (int, float)):
+        raise TypeError(f"temperature: got {type(temperature).__name__}, expected a float")
+    if not 0 < temperature < math.inf or (cost != "contrastive" and temperature != 1.0):
         raise ValueError(
             f"temperature: got {temperature} with cost={cost!r}, expected > 0, and 1.0 if not 'contrastive'"
         )
@@ -210,12 +213,14 @@ def _check(
 
     if isinstance(gamma, Tensor):
         check_tensor("gamma", gamma, shape=(batch,) if gamma.dim() else (), dtypes=FLOAT_DTYPES, device=device)
-        if readable(gamma) and not bool((gamma > 0).all()):
-            raise ValueError("gamma: got a tensor with values <= 0 or NaN, expected > 0 (hard DTW is the float 0)")
+        if readable(gamma) and not bool(((gamma > 0) & (gamma < math.inf)).all()):
+            raise ValueError("gamma: got a tensor with values <= 0, inf or NaN, expected > 0 (hard DTW is the float 0)")
     elif not isinstance(gamma, (int, float)):
         raise TypeError(f"gamma: got {type(gamma).__name__}, expected a float or a tensor")
-    elif not 0 <= gamma < math.inf:
+    elif not 0 <= gamma <= sys.float_info.max:
         raise ValueError(f"gamma: got {gamma}, expected 0 <= gamma < inf")
+    elif 0 < gamma < sys.float_info.min:
+        raise ValueError(f"gamma: got {gamma}, expected 0 or at least {sys.float_info.min}")
 
     if isinstance(band, (tuple, list)):
         if len(band) != 2:
@@ -225,8 +230,8 @@ def _check(
         band = tuple(band)
     elif isinstance(band, bool) or not isinstance(band, (int, type(None))):
         raise TypeError(f"band: got {type(band).__name__}, expected None, an int or a pair of int tensors")
-    elif band is not None and band < 0:
-        raise ValueError(f"band: got {band}, expected >= 0")
+    elif band is not None and not 0 <= band < 2**63:
+        raise ValueError(f"band: got {band}, expected >= 0, and below 2^63")
 
     if isinstance(drop_cost, Tensor):
         want = (batch, rows) if drop_cost.dim() else ()
@@ -247,9 +252,16 @@ def _choose(op: str, device: torch.device, backend: str | None) -> str:
     for name in ("cuda", "cpu"):
         if device.type != name:
             why_not[name] = f"the tensors are on {device.type}"
+        elif not torch.compiler.is_compiling() and _transformed():
+            why_not[name] = "the transforms of torch.func and forward-mode differentiation look into 'reference' alone"
         else:
             why_not[name] = missing_kernel("soft_dtw_forward", name)
     return choose(op, why_not, backend)
+
+
+def _transformed() -> bool:
+    """Whether tensors may carry tangents or be batched by vmap: a raw op would give them a tangent of zero."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def _run(backend: str, cost: Tensor, arguments: _Arguments) -> Tensor:
@@ -404,37 +416,63 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, grad_value, cost, gammas, drop, *rest) -> tuple[Tensor | None, ...]:
         tensors, options = rest[:6], rest[6:]
-        ctx.save_for_backward(grad_value, gammas, drop, *tensors)
-        ctx.shape, ctx.options = cost.shape, options
+        ctx.save_for_backward(grad_value, cost, gammas, drop, *tensors)
+        ctx.options = options
         ctx.set_materialize_grads(False)
         return _gradients(grad_value, cost, gammas, drop, *rest, of_gamma=ctx.needs_input_grad[2])
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx, along: Tensor | None, along_gamma: Tensor | None, along_drop: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         if along is None and along_gamma is None and along_drop is None:
             return (None,) * 12
-        grad_value, gammas, drop, x_lengths, y_lengths, low, high, value, probs = ctx.saved_tensors
-        slope, grad_cost, grad_drop, grad_gamma = torch.ops.lyra.soft_dtw_curvature(
-            grad_value,
-            value,
-            probs,
-            x_lengths,
-            y_lengths,
-            ctx.options[0],
-            gammas,
-            ctx.options[1],
-            low,
-            high,
-            drop is not None,
-            value.new_zeros(ctx.shape) if along is None else along,
-            along_drop,
-            None if along_gamma is None else along_gamma.to(value.dtype),
+        grad_value, cost, gammas, drop, x_lengths, y_lengths, low, high, value, probs = ctx.saved_tensors
+        with torch.no_grad():
+            slope, grad_cost, grad_drop, grad_gamma = torch.ops.lyra.soft_dtw_curvature(
+                grad_value,
+                value,
+                probs,
+                x_lengths,
+                y_lengths,
+                ctx.options[0],
+                gammas,
+                ctx.options[1],
+                low,
+                high,
+                drop is not None,
+                value.new_zeros(cost.shape) if along is None else along,
+                along_drop,
+                None if along_gamma is None else along_gamma.to(value.dtype),
+            )
+            grad_gamma = None if gammas is None else grad_gamma.to(gammas.dtype)
+        second = slope, grad_cost, grad_gamma, None if drop is None else grad_drop
+        sources = grad_value, cost, gammas, drop, along, along_gamma, along_drop
+        return *without_derivative(second, sources), *[None] * 8
+
+
+def without_derivative(second: Sequence[Tensor | None], sources: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """Second derivatives that refuse to be differentiated in what they were made of.
+
+    `torch.autograd.function.once_differentiable` refuses only where a backward pass comes by: `torch.autograd.grad` of
+    these sources does not, and would leave out this part of a sum.
+    """
+    if not torch.is_grad_enabled():
+        return second
+    real = iter(_SecondDerivative.apply(len(second), *second, *sources))
+    return [None if t is None else next(real) for t in second]
+
+
+class _SecondDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, count: int, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        return tuple(t.view_as(t) for t in tensors[:count] if t is not None)
+
+    @staticmethod
+    def backward(ctx, *along: Tensor) -> None:
+        raise RuntimeError(
+            "soft_dtw: third derivatives are none of the compiled backends'; backend='reference' has them"
         )
-        grad_gamma = None if gammas is None else grad_gamma.to(gammas.dtype)
-        return slope, grad_cost, grad_gamma, None if drop is None else grad_drop, *[None] * 8
 
 
 def band_rows_on_cuda(rows: int, columns: int, band: int) -> int:

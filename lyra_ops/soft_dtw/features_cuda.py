@@ -9,10 +9,17 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lyra_ops._backend import register_fake
-from lyra_ops.soft_dtw import _Arguments, _raw, _run, band_rows_on_cuda, kept_bytes_on_cuda, reference
+from lyra_ops.soft_dtw import (
+    _Arguments,
+    _raw,
+    _run,
+    band_rows_on_cuda,
+    kept_bytes_on_cuda,
+    reference,
+    without_derivative,
+)
 
 
 def serves(x: Tensor, y: Tensor, cost: str) -> bool:
@@ -78,9 +85,9 @@ class _Gradient(torch.autograd.Function):
         )
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *along: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_value, x, y, gammas, drop, x_lengths, y_lengths, low, high = ctx.saved_tensors
+        sources = grad_value, x, y, gammas, drop, *along
         gamma, band, cost, temperature, bits, wanted = ctx.rest
         leaves = [None if t is None else t.detach().requires_grad_() for t in (grad_value, x, y, gammas, drop)]
         grad_value, x, y, gammas, drop = leaves
@@ -95,7 +102,8 @@ class _Gradient(torch.autograd.Function):
             first = torch.autograd.grad(value, [leaf for leaf, _ in asked], grad_value, create_graph=True)
             real = [leaf for leaf in leaves if leaf is not None]
             found = iter(torch.autograd.grad(first, real, [a for _, a in asked], allow_unused=True))
-        return *[None if leaf is None else next(found) for leaf in leaves], *[None] * 14
+        second = [None if leaf is None else next(found) for leaf in leaves]
+        return *without_derivative(second, sources), *[None] * 14
 
 
 @register_fake("soft_dtw_features_forward")

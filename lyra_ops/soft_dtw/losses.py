@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lyra_ops._checks import check_lengths, check_option, readable
+from lyra_ops._checks import check_lengths, check_option, check_tensor, readable
 from lyra_ops.soft_dtw import COSTS, check_features, reference, soft_dtw, soft_dtw_from_cost
 from lyra_ops.soft_dtw.statistics import pair_cost, soft_dtw_statistics
 
@@ -172,8 +172,12 @@ class SoftDTW(nn.Module):
         dist_func: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(bandwidth, (int, float, type(None))):
+            raise TypeError(f"bandwidth: got {type(bandwidth).__name__}, expected None or a number >= 0")
         if bandwidth is not None and not bandwidth >= 0:
             raise ValueError(f"bandwidth: got {bandwidth}, expected None or a number >= 0")
+        if dist_func is not None and not callable(dist_func):
+            raise TypeError(f"dist_func: got {type(dist_func).__name__}, expected None or a function")
         self.use_cuda, self.gamma, self.normalize = use_cuda, gamma, normalize
         self.bandwidth, self.dist_func = bandwidth or 0, dist_func
 
@@ -194,4 +198,6 @@ class SoftDTW(nn.Module):
             band = tuple(bound.expand(x.shape[0], -1) for bound in (low, high))
         if self.dist_func is None:
             return soft_dtw(x, y, gamma=self.gamma, band=band)
-        return soft_dtw_from_cost(self.dist_func(x, y), gamma=self.gamma, band=band)
+        shape = x.shape[0], x.shape[1], y.shape[1]
+        cost = check_tensor("dist_func's result", self.dist_func(x, y), shape=shape)
+        return soft_dtw_from_cost(cost, gamma=self.gamma, band=band)

@@ -122,6 +122,8 @@ class _Sequences:
         if len(cu_seqlens) == 0:
             raise ValueError(f"{name}: got shape (0,), expected (B + 1,)")
         self.batch = len(cu_seqlens) - 1
+        if not isinstance(max_seqlen, (int, type(None))):
+            raise TypeError(f"max_seqlen_{side}: got {max_seqlen!r}, expected an int")
         if self.batch == 0 and tokens:
             raise ValueError(f"{name}: got shape (1,), which says no samples, but there are {tokens} tokens")
         if readable(cu_seqlens):

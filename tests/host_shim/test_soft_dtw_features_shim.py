@@ -347,6 +347,17 @@ def test_the_face_gives_all_gradients_once_and_twice(raw_ops, cost: str, band: i
 
 
 @needs_schema
+def test_the_face_refuses_a_third_derivative(raw_ops) -> None:
+    inputs = inputs_of(Case("cosine", FLOAT, 20, 15, 6))
+    x, y = inputs.x.nan_to_num().requires_grad_(), inputs.y.nan_to_num()
+    value = by_face(x, y, 0.5, None, "cosine", inputs.lengths)
+    (first,) = torch.autograd.grad(value.sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="third derivatives"):
+        torch.autograd.grad(second.sum(), x)
+
+
+@needs_schema
 def test_the_face_computes_what_is_wanted_alone(raw_ops) -> None:
     inputs = inputs_of(Case("contrastive", BFLOAT, 20, 15, 8))
     x, y = inputs.x, inputs.y
