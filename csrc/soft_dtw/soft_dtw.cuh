@@ -31,7 +31,11 @@
 // timed on any GPU (1.9 GHz):
 //   the chain: n + (strips - 1) (kTail + kBlock) + kTail steps of about 38 / 20 dependent cycles, forward / backward;
 //   the issue, one instruction per cycle and warp, is longer: of the code of sm_90a about 77 / 59 instructions per
-//   step, all told (design: 18.5 / 16 for the recursion alone; windows take about 13 / 12 more; sm_80 has 4 / 4 less).
+//   step, all told (design: 18.5 / 16 for the recursion alone), and with windows, as counted by the same test:
+//   loop sm_80: forward_kernel<lyra::soft_dtw::Bits16,false,false> 86 instructions
+//   loop sm_80: backward_kernel<lyra::soft_dtw::Bits16,false,false> 68 instructions
+//   loop sm_90a: forward_kernel<lyra::soft_dtw::Bits16,false,false> 91 instructions
+//   loop sm_90a: backward_kernel<lyra::soft_dtw::Bits16,false,false> 71 instructions
 // 300x64: 440 steps, 18 / 14 us. 1500x200: 2030 steps, 82 / 63 us. 8192^2 with band 512: 21040 steps, 850 / 650 us.
 // Launches: 2 each way, 4 for second derivatives. Shared memory per block: kRing * 32 * 4 bytes (float32).
 // Triton would not do: it has no shuffles.
