@@ -23,6 +23,7 @@ def workloads(device: str, quick: bool) -> Iterator[Workload]:
         yield from_cost(device, 4, (30, 60), (10, 30))
         yield with_shares(device, 4, 60, 30)
         yield banded(device, 1, 300, 200, 16)
+        yield banded(device, 1, 200, 200, 16)
         yield from_features(device, 4, (30, 60), (10, 30), 64)
         return
     yield from_cost(device, 32, (300, 300), (64, 64))
@@ -100,7 +101,7 @@ def with_shares(device: str, batch: int, rows: int, columns: int) -> Workload:
 
 
 def banded(device: str, batch: int, rows: int, columns: int, band: int) -> Workload:
-    """Long pairs with an int band, which no peer can limit its work and memory to.
+    """Long pairs with an int band, to which no peer limits its memory: the longest ones are none of theirs.
 
     The truth is our own kernel in float64: the reference would need the memory of a graph over all cells.
     """
@@ -116,10 +117,12 @@ def banded(device: str, batch: int, rows: int, columns: int, band: int) -> Workl
     def ours(cost: torch.Tensor) -> torch.Tensor:
         return lyra_ops.soft_dtw_from_cost(cost, n, m, gamma=GAMMA, band=band, backend=device)
 
+    named = peers.implementations(device, ragged=False, band=band) if rows == columns else {}
+    theirs = {name: partial(adapt, peer, n, m) for name, peer in named.items()}
     return Workload(
         name=f"cost given, {batch} x {rows} x {columns}, band {band}, gamma {GAMMA}",
         inputs=inputs,
-        implementations={f"lyra ({device})": ours},
+        implementations={f"lyra ({device})": ours} | theirs,
         plain=lambda cost: ours(cost.double()),
         costs={FORWARD: Cost(4 * cells, 25 * cells), BOTH: Cost(8 * cells, 31 * cells)},
         items=("cells", cells),

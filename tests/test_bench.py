@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import lyra_ops
 from bench import token_select
 from bench.harness import BOTH, FORWARD, Cost, Workload, WrongResult, measure
+from bench.peers import soft_dtw as soft_dtw_peers
 from bench.peers import token_select as peers
 from bench.report import write
 from lyra_ops.testing import assert_within_reference_error
@@ -81,6 +83,22 @@ def test_the_peers_of_token_select_are_given_the_same_task():
     assert_within_reference_error(peers.grouped_shares(query, key, lse), plain, exact)
     places = exact.topk(7).indices.sort().values
     assert torch.equal(peers.topk_and_sort(exact, 7), places) and torch.equal(peers.stable_sort(exact, 7), places)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("band", [None, 4])
+def test_the_peers_of_soft_dtw_are_given_the_same_task(band: int | None):
+    cost, lengths = torch.rand(1, 30, 30, dtype=torch.float64), (torch.tensor([30]), torch.tensor([30]))
+
+    def results(function, *options: float) -> list[Tensor]:
+        leaf = cost.clone().requires_grad_()
+        value = function(leaf, *lengths, *options)
+        return [value.detach(), torch.autograd.grad(value.sum(), leaf)[0]]
+
+    want = results(lambda *given: lyra_ops.soft_dtw_from_cost(*given, gamma=0.5, band=band))
+    for name, peer in soft_dtw_peers.implementations("cpu", ragged=False, band=band).items():
+        for got, right in zip(results(peer, 0.5), want, strict=True):
+            assert (got.double() - right).norm() <= 1e-3 * right.norm(), name  # of float32 inside of some
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from functools import partial
@@ -25,9 +26,7 @@ from bench.peers.soft_dtw import implementations
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.accuracy.soft_dtw", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--large", action="store_true", help="also pairs of 4096 and 8192 tokens with a band, ours alone"
-    )
+    parser.add_argument("--large", action="store_true", help="also pairs of 4096 and 8192 tokens with a band")
     options = parser.parse_args()
     rows = []
     for name, cost, gamma, band in inputs(options.large):
@@ -51,7 +50,7 @@ def main() -> None:
         "device": device,
         "torch": torch.__version__,
         "commit": commit(),
-        "large": options.large,
+        "command": "python -m bench.accuracy.soft_dtw " + " ".join(sys.argv[1:]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "rows": rows,
     }
@@ -94,7 +93,7 @@ def judged(device: str, band: int | None) -> dict:
         return lyra_ops.soft_dtw_from_cost(cost, n, m, gamma=gamma, band=band, bits=bits, backend=device)
 
     named = {"lyra": partial(ours, bits=16), "lyra, bits=8": partial(ours, bits=8)}
-    return named if band is not None else named | implementations(device, ragged=False)
+    return named | implementations(device, ragged=False, band=band)
 
 
 def errors(function, cost: torch.Tensor, gamma: float, value: float, expected: np.ndarray) -> dict:
