@@ -54,29 +54,39 @@ def enumerated(cost: Tensor, gamma: float, drop: Tensor | list[float] | None = N
     return value, torch.einsum("p,pnm->nm", torch.softmax(-prices / gamma, dim=0), visits)
 
 
-def looped(cost: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+def looped(cost: Tensor, gamma: float, drop: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Value and expected alignment of one pair (n, m), cell by cell, in more than float64."""
     n, m = cost.shape
     cost = cost.numpy().astype(np.longdouble)
-    total = np.full((n + 1, m + 1), np.inf, dtype=np.longdouble)
-    share = np.zeros((n + 2, m + 2, 3), dtype=np.longdouble)
+    drop = np.full(n, np.inf, dtype=np.longdouble) if drop is None else drop.numpy().astype(np.longdouble)
+    match = np.full((n + 1, m + 1), np.inf, dtype=np.longdouble)  # ends in a match of row i and column j,
+    total = match.copy()  # or else drops rows after it
+    share, kept = np.zeros((n + 2, m + 2, 3), dtype=np.longdouble), np.zeros((n + 2, m + 2, 2), dtype=np.longdouble)
+
+    def softmin(*terms: np.longdouble) -> tuple[np.longdouble, np.ndarray | float]:
+        terms = np.array(terms)
+        if terms.min() == np.inf:
+            return terms.min(), 0.0
+        weight = np.exp((terms.min() - terms) / np.longdouble(gamma))
+        return terms.min() - np.longdouble(gamma) * np.log(weight.sum()), weight / weight.sum()
+
     total[0, 0] = 0
     for i in range(1, n + 1):
+        total[i, 0] = total[i - 1, 0] + drop[i - 1]
         for j in range(1, m + 1):
-            before = np.array([total[i - 1, j - 1], total[i - 1, j], total[i, j - 1]])
-            if before.min() < np.inf:
-                weight = np.exp((before.min() - before) / np.longdouble(gamma))
-                share[i, j] = weight / weight.sum()
-                total[i, j] = cost[i - 1, j - 1] + before.min() - np.longdouble(gamma) * np.log(weight.sum())
-    expected = np.zeros((n + 2, m + 2), dtype=np.longdouble)
-    expected[n, m] = 1
+            best, share[i, j] = softmin(total[i - 1, j - 1], total[i - 1, j], match[i, j - 1])
+            match[i, j] = cost[i - 1, j - 1] + best
+            total[i, j], kept[i, j] = softmin(match[i, j], total[i - 1, j] + drop[i - 1])
+    expected, of_total = (np.zeros((n + 2, m + 2), dtype=np.longdouble) for _ in range(2))
+    of_total[n, m] = 1
     for i in range(n, 0, -1):
         for j in range(m, 0, -1):
-            expected[i, j] += (
+            of_total[i, j] += (
                 expected[i + 1, j + 1] * share[i + 1, j + 1, 0]
                 + expected[i + 1, j] * share[i + 1, j, 1]
-                + expected[i, j + 1] * share[i, j + 1, 2]
+                + of_total[i + 1, j] * kept[i + 1, j, 1]
             )
+            expected[i, j] = of_total[i, j] * kept[i, j, 0] + expected[i, j + 1] * share[i, j + 1, 2]
     return torch.tensor(float(total[n, m]), dtype=torch.float64), torch.tensor(expected[1:-1, 1:-1].astype(np.float64))
 
 

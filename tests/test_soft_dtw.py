@@ -68,11 +68,13 @@ def test_dropping_at_an_infinite_price_is_plain_soft_dtw() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dropping", [False, True])
 @pytest.mark.parametrize(("n", "m", "gamma"), [(40, 17, 0.1), (17, 40, 5.0), (30, 30, 0.5)])
-def test_matches_a_loop_over_the_cells(n: int, m: int, gamma: float, backend: str) -> None:
-    cost = random(1, n, m).square()
-    value, gradient = value_and_gradient(cost.to(device_of(backend)), gamma=gamma, backend=backend)
-    want, alignment = looped(cost[0], gamma)
+def test_matches_a_loop_over_the_cells(n: int, m: int, gamma: float, dropping: bool, backend: str) -> None:
+    cost, drop = random(1, n, m).square(), random(1, n, seed=1).abs() if dropping else None
+    on = {} if drop is None else {"drop_cost": drop.to(device_of(backend))}
+    value, gradient = value_and_gradient(cost.to(device_of(backend)), gamma=gamma, backend=backend, **on)
+    want, alignment = looped(cost[0], gamma, drop[0] if dropping else None)
     same(value[0], want)
     same(gradient[0], alignment)
 

@@ -399,6 +399,10 @@ def test_opcheck(dtype: torch.dtype, options: str) -> None:
         for grad in (torch.ones_like(value), value.new_ones(()).expand(3)):
             rest = (*lengths, 6, 5, band, low, high, drop is not None, False, gammas is not None)
             torch.library.opcheck(torch.ops.lyra.soft_dtw_backward, (grad, value, probs, *rest))
+        torch.library.opcheck(torch.ops.lyra.soft_dtw_gradient, (*arguments, gammas is not None))
+        along = random(3, 6, 5, seed=2).to(dtype), None if drop is None else random(3, 6, seed=3).to(dtype), None
+        rest = (*lengths, 0.5, gammas, band, low, high, drop is not None, *along)
+        torch.library.opcheck(torch.ops.lyra.soft_dtw_curvature, (torch.ones_like(value), value, probs, *rest))
 
 
 @pytest.mark.parametrize("backend", COMPILED)
