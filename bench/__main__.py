@@ -30,6 +30,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("op", choices=[*OPS, "all"], nargs="?")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU; default %(default)s")
+    parser.add_argument("--only", metavar="REGEX", help="the workloads alone in whose names it is found")
     parser.add_argument("--quick", action="store_true", help="small inputs and few repeats: does it run?")
     parser.add_argument(
         "--json",
@@ -53,6 +54,8 @@ def main(arguments: list[str]) -> int:
         return report(args.report)
     if args.op == "all" and isinstance(args.json, str):
         parser.error("--json: a FILE holds one op, but 'all' were asked for")
+    if args.only and args.json is True:
+        parser.error("--json: got no FILE, expected one, since bench/results/<device>/<op>.json holds all workloads")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA GPU here")
     os.environ["NUMBA_NUM_THREADS"] = str(args.threads)  # before any peer imports numba
@@ -65,6 +68,7 @@ def main(arguments: list[str]) -> int:
         results = []
         try:
             workloads = importlib.import_module(f"bench.{op}").workloads(args.device, args.quick)
+            workloads = (w for w in workloads if re.search(args.only or "", w.name))
             for result in measure(workloads, args.device, ceilings, args.quick):
                 if not results or (results[-1].workload, results[-1].direction) != (result.workload, result.direction):
                     print(f"\n{result.workload}, {result.direction}\n{HEADER}")
@@ -73,6 +77,9 @@ def main(arguments: list[str]) -> int:
         except WrongResult as error:
             print(f"bench: {error}; nothing more is timed", file=sys.stderr)
             return 1
+        if not results:
+            print(f"bench: --only: no workload of {op} has {args.only!r} in its name", file=sys.stderr)
+            return 2
         if args.json:
             default = HERE / "results" / slug(device_name(args.device)) / f"{op}.json"
             path = default if args.json is True else Path(args.json)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import lyra_ops
 from bench import token_select
+from bench.__main__ import main
 from bench.harness import BOTH, FORWARD, Cost, Workload, WrongResult, measure
 from bench.peers import soft_dtw as soft_dtw_peers
 from bench.peers import token_select as peers
@@ -118,6 +119,18 @@ def test_the_command_writes_what_it_ran_on(op: str, implementations: set[str], t
     assert told["threads"] == 1
     assert all(told[key] for key in ("device", "torch", "commit", "command", "date", "ceilings"))
     assert {r["implementation"] for r in told["results"]} >= implementations
+
+
+def test_the_command_times_some_workloads_only(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setenv("NUMBA_NUM_THREADS", "1")  # which the command sets, for good
+    file, options = tmp_path / "some.json", ["soft_dtw", "--quick", "--device", "cpu"]
+    assert main([*options, "--only", "features of 64", "--json", str(file)]) == 0
+    assert {"features of 64" in r["workload"] for r in json.loads(file.read_text())["results"]} == {True}
+    assert main([*options, "--only", "features of 65"]) == 2
+    assert "no workload of soft_dtw" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*options, "--only", "features", "--json"])
+    assert "--json: got no FILE" in capsys.readouterr().err
 
 
 def test_the_report_shows_what_was_kept_and_nothing_else(tmp_path: Path):
