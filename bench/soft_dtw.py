@@ -25,6 +25,7 @@ def workloads(device: str, quick: bool) -> Iterator[Workload]:
         yield banded(device, 1, 300, 200, 16)
         yield banded(device, 1, 200, 200, 16)
         yield from_features(device, 4, (30, 60), (10, 30), 64)
+        yield banded_features(device, 1, 300, 16, 64, torch.float32)
         return
     yield from_cost(device, 32, (300, 300), (64, 64))
     yield from_cost(device, 32, (1500, 1500), (200, 200))
@@ -41,7 +42,9 @@ def workloads(device: str, quick: bool) -> Iterator[Workload]:
         for rows, columns in ((300, 300), (64, 64)), ((1500, 1500), (200, 200)):
             yield from_features(device, 32, rows, columns, 3584, torch.bfloat16)
             yield products(device, 32, rows, columns, 3584, torch.bfloat16)
-        yield banded_features(device, 8, 8192, 512, 3584)
+        yield banded_features(device, 8, 8192, 512, 3584, torch.bfloat16)
+    else:
+        yield banded_features(device, 1, 8192, 512, 576, torch.float32)
 
 
 def bounds(ours: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor, name: str) -> None:
@@ -176,21 +179,21 @@ def from_features(
     )
 
 
-def banded_features(device: str, batch: int, size: int, band: int, dim: int) -> Workload:
-    """Long pairs of one length, squared distances, an int band: the cost in the band alone is ever made."""
+def banded_features(device: str, batch: int, size: int, band: int, dim: int, dtype: torch.dtype) -> Workload:
+    """Long pairs of one length, squared distances, an int band: what is outside of it is never multiplied."""
     i = torch.arange(size)
     cells = batch * int(((i + band).clamp(max=size - 1) - (i - band).clamp(min=0) + 1).sum())
-    features = 2 * 2 * batch * size * dim
+    features = 2 * dtype.itemsize * batch * size * dim
 
     def inputs() -> tuple[torch.Tensor, ...]:
         tokens = (dim**-0.5 * torch.randn(batch, size, dim, device=device) for _ in range(2))
-        return tuple(t.to(torch.bfloat16) for t in tokens)
+        return tuple(t.to(dtype) for t in tokens)
 
     def ours(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return lyra_ops.soft_dtw(x, y, gamma=GAMMA, band=band, backend=device)
 
     return Workload(
-        name=f"features of {dim}{kind(torch.bfloat16)}, sqeuclidean, {batch} x {size} x {size}, band {band}",
+        name=f"features of {dim}{kind(dtype)}, sqeuclidean, {batch} x {size} x {size}, band {band}",
         inputs=inputs,
         implementations={f"lyra ({device})": ours},
         plain=lambda x, y: ours(x.double(), y.double()),
