@@ -7,6 +7,8 @@ import json
 import time
 from pathlib import Path
 
+import soundfile
+
 from . import load
 from .audio import load_audio, save_audio
 from .chat import MAX_NEW_TOKENS, reply, user_message
@@ -30,8 +32,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--max-new-tokens: got {args.max_new_tokens}, expected at least 1")
     clip = load_audio(args.audio) if args.audio else None  # first: a bad file should not wait for the model
     question = user_message(clip, args.text)
-    if args.speak and not args.speak.parent.is_dir():
-        raise FileNotFoundError(f"--speak: no folder {args.speak.parent}")
+    if args.speak:
+        _check_writable(args.speak)
     began = time.perf_counter()
     model, processor = load(args.model)
     loaded = time.perf_counter()
@@ -52,3 +54,10 @@ def run(args: argparse.Namespace) -> int:
         if args.speak:
             print(f"[spoken by {SPEECH_OUTPUT}: {args.speak}]")
     return 0
+
+
+def _check_writable(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"--speak: no folder {path.parent}")
+    if path.suffix[1:].upper() not in soundfile.available_formats():
+        raise ValueError(f"--speak: got {path.name}, expected a file whose name ends in wav, flac, ogg or mp3")

@@ -24,6 +24,8 @@ def load_audio(source: str | Path | np.ndarray, sampling_rate: int | None = None
         name = str(source).removeprefix("file://")
         if not Path(name).is_file():
             raise FileNotFoundError(f"audio: no file {name}")
+        if not Path(name).stat().st_size:
+            raise ValueError(f"audio: {name} is empty")
         try:
             samples, sampling_rate = soundfile.read(name, dtype="float32", always_2d=True)
         except soundfile.LibsndfileError as error:

@@ -121,6 +121,7 @@ def test_ask_takes_any_format_rate_and_channels(tmp_path, capsys, question, endi
     ("name", "content", "message"),
     [
         ("empty.wav", np.zeros(0), "is empty"),
+        ("nothing.wav", b"", "is empty"),
         ("silent.wav", np.zeros(16000), "is silent"),
         ("broken.wav", b"RIFF and nothing else", "broken or no audio file"),
         ("none.wav", None, "no file"),
@@ -136,9 +137,29 @@ def test_ask_says_in_one_line_what_is_wrong_with_a_file(tmp_path, capsys, name, 
     assert code == 2 and message in error and name in error and "\n" not in error
 
 
-def test_ask_needs_a_question(capsys):
-    code, _, error = run(capsys, "ask")
+@pytest.mark.parametrize("text", [[], ["--text", ""], ["--text", " \n"]])
+def test_ask_needs_a_question(capsys, text):
+    code, _, error = run(capsys, "ask", *text)
     assert code == 2 and "neither audio nor text" in error
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("none/a.wav", "--speak: no folder"),
+        ("a.txt", "--speak: got a.txt, expected a file whose name ends in wav, flac, ogg or mp3"),
+        ("a", "--speak: got a, expected"),
+    ],
+)
+def test_ask_says_before_it_answers_that_it_cannot_write(tmp_path, capsys, monkeypatch, out, message):
+    monkeypatch.setattr("lyra_model.ask.load", None)
+    code, _, error = run(capsys, "ask", "--text", "Hello", "--speak", tmp_path / out)
+    assert code == 2 and message in error and "\n" not in error
+
+
+def test_ask_says_that_a_question_is_too_long(capsys):
+    code, _, error = run(capsys, "ask", "--text", "so " * 9000)
+    assert code == 2 and "expected at most 8144, which leaves room for an answer of 48" in error
 
 
 def test_demo_answers_every_question_and_draws_the_alignment(tmp_path, capsys):
