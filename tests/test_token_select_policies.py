@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -86,6 +88,13 @@ def test_random_and_uniform():
         assert torch.equal(selection.mask, scores.bool() | ~candidates)
         gaps = scores[0].nonzero()[:, 0].diff()
         assert len(gaps) == n - 1 and gaps.max() - gaps.min() <= 1
+
+
+def test_uniform_takes_what_select_tokens_takes():
+    candidates = torch.ones(2, 10, dtype=torch.bool)
+    for keep in (torch.tensor([3, 20]), torch.tensor([0.39, 1.0], dtype=torch.float64), np.float32(0.5), np.int64(3)):
+        scores = policies.uniform_scores(candidates, keep)
+        assert torch.equal(lyra_ops.select_tokens(scores, candidates, keep=keep).mask, scores.bool())
 
 
 def test_heads_that_look_at_the_candidates():
@@ -175,3 +184,33 @@ def test_schedule_of_omnidrop():
     assert statistics.mean(shares) == pytest.approx(0.302, abs=5e-4)
     steep = policies.omnidrop_schedule(36, first=0.02, final=0.5, middle=0.55)
     assert steep[0] == pytest.approx(0.98, abs=1e-3) and steep[34] < 0.51
+
+
+MASK, SCORES = torch.ones(1, 4, dtype=torch.bool), torch.full((1, 4), 0.25)
+ERRORS = {
+    "keep: got 1.5, expected a share from 0 to 1": lambda: policies.uniform_scores(MASK, 1.5),
+    "keep: got -1, expected at least 0": lambda: policies.uniform_scores(MASK, -1),
+    "keep: got shape (2,), expected (1,)": lambda: policies.uniform_scores(MASK, torch.tensor([2, 1])),
+    "min_keep: got -1, expected at least 0": lambda: policies.uniform_scores(MASK, 2, min_keep=-1),
+    "share: got 2, expected more than 0 and at most 1": lambda: policies.top_heads(SCORES[None], MASK, share=2),
+    "keep: got 3, expected a share from 0 to 1": lambda: policies.relevance_budgets(SCORES, MASK, MASK.long(), 3, 2),
+    "segments: candidate 0 of sample 0 has 1, expected 0 to 0": lambda: policies.relevance_budgets(
+        SCORES, MASK, MASK.long(), 0.5, 1
+    ),
+    "final: got 1.5, expected a share from 0 to 1": lambda: policies.omnidrop_schedule(final=1.5),
+    "first: got str, expected a share from 0 to 1": lambda: policies.omnidrop_schedule(first="0"),
+    "final: got -0.1, expected a share from 0 to 1": lambda: policies.sigmoid_schedule([1], -0.1),
+    "width: got 0, expected more than 0": lambda: policies.sigmoid_schedule([1], 0.5, width=0),
+    "average: got -0.1, expected a share from 0 to 1": lambda: policies.seats_schedule(-0.1),
+    "average: got str, expected a share from 0 to 1": lambda: policies.seats_schedule("0.1"),
+    "entering: got 2, expected a share from 0 to 1": lambda: policies.seats_schedule(0.5, entering=2),
+    "average: got 0.15, expected 0.0901 to 0.14, since 0.21 enter; `entering` changes that": lambda: (
+        policies.seats_schedule(0.15, n_layers=6, drops=(1, 2, 3), late=5)
+    ),
+}
+
+
+@pytest.mark.parametrize("message", ERRORS)
+def test_errors_name_the_argument(message: str):
+    with pytest.raises((ValueError, TypeError), match="^" + re.escape(message)):
+        ERRORS[message]()

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from numbers import Real
+
 import torch
 from torch import Tensor
 
 from lyra_ops._backend import missing_kernel
 from lyra_ops._checks import readable
+
+
+def check_share(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a share from 0 to 1")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}: got {value}, expected a share from 0 to 1")
 
 
 def check_cu_seqlens(name: str, cu_seqlens: Tensor, tokens: int) -> None:

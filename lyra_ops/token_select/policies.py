@@ -18,7 +18,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lyra_ops._checks import FLOAT_DTYPES, INT_DTYPES, check_tensor
+from lyra_ops._checks import FLOAT_DTYPES, INT_DTYPES, check_tensor, readable
+from lyra_ops.token_select.checks import check_share
+from lyra_ops.token_select.selection import check_count, check_keep, check_segments
 
 
 def last_row(query_mask: Tensor) -> Tensor:
@@ -38,12 +40,16 @@ def random_scores(candidates: Tensor, *, seed: int = 0) -> Tensor:
     return numbers.to(candidates.device)[rank]
 
 
-def uniform_scores(candidates: Tensor, keep: float | int, *, min_keep: int = 0) -> Tensor:
+def uniform_scores(candidates: Tensor, keep: float | int | Tensor, *, min_keep: int = 0) -> Tensor:
     """(B, L) float32: 1 for as many evenly spaced candidates as ``select_tokens(..., keep=keep, min_keep=min_keep)``
     keeps, 0 for the others."""
     rank = _rank(candidates).double()
+    keep = check_keep(keep, candidates.shape[0], None, candidates.device)
+    check_count("min_keep", min_keep)
     n = candidates.sum(1, keepdim=True).double()
-    k = (keep * n).floor() if isinstance(keep, float) else torch.full_like(n, keep)
+    shares = isinstance(keep, float) or (isinstance(keep, Tensor) and keep.is_floating_point())
+    keep = keep[:, None] if isinstance(keep, Tensor) else keep
+    k = (keep * n).floor() if shares else torch.zeros_like(n) + keep
     k = k.clamp(min=min_keep).minimum(n)
     n = n.clamp(min=1)
     return (((rank + 1) * k / n).floor() > (rank * k / n).floor()).float() * candidates
@@ -88,8 +94,10 @@ def relevance_budgets(scores: Tensor, candidates: Tensor, segments: Tensor, keep
     shape, device = tuple(scores.shape), scores.device
     check_tensor("candidates", candidates, shape=shape, dtypes=(torch.bool,), device=device)
     check_tensor("segments", segments, shape=shape, dtypes=INT_DTYPES, device=device)
-    if not 0 <= keep <= 1:
-        raise ValueError(f"keep: got {keep}, expected a share from 0 to 1")
+    check_share("keep", keep)
+    check_count("n_segments", n_segments)
+    if readable(segments):
+        check_segments(segments, candidates, n_segments)
     member = (segments[:, None] == torch.arange(n_segments, device=device)[:, None]) & candidates[:, None]
     counts = member.sum(2)
     mass = torch.where(member, scores[:, None].double(), 0).sum(2)
@@ -126,6 +134,9 @@ def sigmoid_schedule(
 
     A fall in depth of your own; `omnidrop_schedule` is the published one.
     """
+    check_share("final", final)
+    if not width > 0:
+        raise ValueError(f"width: got {width}, expected more than 0")
     middle = sum(layers) / max(len(layers), 1) if middle is None else middle
     return _relative({i: 1 - (1 - final) / (1 + math.exp((middle - i) / width)) for i in layers})
 
@@ -160,6 +171,8 @@ def omnidrop_schedule(
 
     Source: OmniDrop (arXiv 2605.14458), equations 3 and 4 and section 4, as a reproduction by others quotes them.
     """
+    check_share("first", first)
+    check_share("final", final)
     falls = (1 / (1 + math.exp(steepness * (middle - layer / n_layers))) for layer in range(n_layers - 1))
     return {layer: 1 - first - (final - first) * fall for layer, fall in enumerate(falls)}
 
@@ -188,7 +201,9 @@ def seats_schedule(
 
     Source: SEATS (arXiv 2605.20035), the schedule and the constants of its published code.
     """
+    check_share("average", average)
     entering = min(1.0, 1.4 * average) if entering is None else entering
+    check_share("entering", entering)
     ends = [*drops, late - 1]
     weights = [math.exp(i) for i in range(len(drops))]
     gone = [sum(weights[: i + 1]) / sum(weights) for i in range(len(drops))]  # behind each drop, of all that go
@@ -196,7 +211,10 @@ def seats_schedule(
     most_dropped = entering * sum((end - start) * g for start, end, g in zip(ends, ends[1:], gone))
     if not most - most_dropped <= average * n_layers <= most:
         low, high = (most - most_dropped) / n_layers, most / n_layers
-        raise ValueError(f"average: got {average}, expected {low:.3g} to {high:.3g}, since {entering:.3g} enter")
+        raise ValueError(
+            f"average: got {average}, expected {low:.3g} to {high:.3g}, since {entering:.3g} enter; "
+            "`entering` changes that"
+        )
     dropped = (most - average * n_layers) / most_dropped
     return blockwise_schedule({drop - 1: 1 - dropped * g for drop, g in zip(drops, gone)}, drop_all_after=ends[-1] - 1)
 

@@ -181,7 +181,7 @@ def _select(scores, candidates, keep, min_keep, key_mask, bias, segments, capaci
 def checked_selection(
     shape, samples, device, candidates, keep, min_keep, key_mask, bias, segments, capacity, layout
 ) -> tuple[Tensor | None, float | int | Tensor, int, int]:
-    """Segments as int64, keep as `_check_keep` says, the greatest width that index may have, and the one it gets."""
+    """Segments as int64, keep as `check_keep` says, the greatest width that index may have, and the one it gets."""
     check_tensor("candidates", candidates, shape=shape, dtypes=(torch.bool,), device=device)
     if key_mask is not None:
         check_tensor("key_mask", key_mask, shape=shape, dtypes=(torch.bool,), device=device)
@@ -191,10 +191,11 @@ def checked_selection(
     if segments is not None:
         check_tensor("segments", segments, shape=shape, dtypes=INT_DTYPES, device=device)
         segments = segments.long()
-    keep = _check_keep(keep, samples, segments, device)
-    _check_count("min_keep", min_keep)
+    keep = check_keep(keep, samples, segments, device)
+    check_count("min_keep", min_keep)
     if segments is not None and readable(segments):
-        _check_segments(segments, candidates if key_mask is None else candidates & key_mask, keep)
+        n = keep.shape[1] if isinstance(keep, Tensor) and keep.ndim == 2 else shape[-1]
+        check_segments(segments, candidates if key_mask is None else candidates & key_mask, n)
     most = math.prod(shape) if layout == "packed" else shape[1]
     if capacity is not None:
         _check_capacity(capacity, most)
@@ -210,7 +211,7 @@ def one_of_three(keep: float | int | Tensor) -> tuple[Tensor | None, float | Non
     )
 
 
-def _check_keep(keep: object, samples: int, segments: Tensor | None, device: torch.device) -> float | int | Tensor:
+def check_keep(keep: object, samples: int, segments: Tensor | None, device: torch.device) -> float | int | Tensor:
     """``keep`` as a float share, an int, or a tensor of int64 counts or float64 shares."""
     if isinstance(keep, Tensor):
         shape = (samples,) if segments is None or keep.ndim == 1 else (samples, "S")
@@ -225,22 +226,21 @@ def _check_keep(keep: object, samples: int, segments: Tensor | None, device: tor
     if isinstance(keep, bool) or not isinstance(keep, Real):
         raise TypeError(f"keep: got {type(keep).__name__}, expected a float share, an int or a tensor")
     if isinstance(keep, Integral):
-        _check_count("keep", keep)
+        check_count("keep", keep)
         return int(keep)
     if not 0 <= keep <= 1:
         raise ValueError(f"keep: got {keep}, expected a share from 0 to 1, or an int for a number of tokens")
     return float(keep)
 
 
-def _check_count(name: str, value: object) -> None:
+def check_count(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name}: got {type(value).__name__}, expected an int")
     if value < 0:
         raise ValueError(f"{name}: got {value}, expected at least 0")
 
 
-def _check_segments(segments: Tensor, candidates: Tensor, keep: float | int | Tensor) -> None:
-    n = keep.shape[1] if isinstance(keep, Tensor) and keep.ndim == 2 else segments.shape[-1]
+def check_segments(segments: Tensor, candidates: Tensor, n: int) -> None:
     bad = candidates & ((segments < 0) | (segments >= n))
     if bool(bad.any()):
         *sample, i = bad.nonzero()[0].tolist()
@@ -249,7 +249,7 @@ def _check_segments(segments: Tensor, candidates: Tensor, keep: float | int | Te
 
 
 def _check_capacity(capacity: int, most: int) -> None:
-    _check_count("capacity", capacity)
+    check_count("capacity", capacity)
     if capacity > most:
         raise ValueError(f"capacity: got {capacity}, expected at most the {most} tokens of a sample")
 
