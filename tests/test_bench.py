@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from torch import Tensor
 import lyra_ops
 from bench import token_select
 from bench.__main__ import main
-from bench.harness import BOTH, FORWARD, Cost, Workload, WrongResult, measure
+from bench.harness import BOTH, FORWARD, Cost, Workload, WrongResult, measure, time_cpu
 from bench.peers import soft_dtw as soft_dtw_peers
 from bench.peers import token_select as peers
 from bench.report import write
@@ -49,6 +51,13 @@ def test_times_every_implementation_both_ways():
         assert r.seconds["p20"] <= r.seconds["median"] <= r.seconds["p80"]
         assert r.ceiling == "bandwidth"
         assert r.share_of_ceiling == pytest.approx(r.bytes / 1e9 / r.seconds["median"])
+
+
+def test_no_implementation_always_follows_the_same_one():
+    """What ran before decides what the caches hold."""
+    order: list[str] = []
+    time_cpu({name: partial(order.append, name) for name in "abc"}, (30, 0.0), quick=False)
+    assert {(x, y) for x, y in itertools.pairwise(order) if x != y} == set(itertools.permutations("abc", 2))
 
 
 @pytest.mark.parametrize(
