@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from token_extractor_models import (
     AUDIO,
     FAMILIES,
+    IMAGE,
     MROPE,
     QWEN,
     SIDES,
@@ -36,7 +39,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import lyra_model
 from lyra_ops.integrations import apply_token_extractor
 from lyra_ops.testing import assert_within_reference_error
-from lyra_ops.token_select import policies
+from lyra_ops.token_select import policies, select_tokens, token_scores
 
 # transformers renamed it in 5.24.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -158,6 +161,85 @@ def test_the_kept_tokens_are_those_of_the_published_formula(asking, early):
     best = places[p[places].argsort(descending=True)[: int(0.4 * len(places))]]
     want = torch.cat([(~dropped_from).nonzero()[:, 0], best]).sort().values
     assert torch.equal(extractor.positions[0], want)
+
+
+def heads_that_look(query, key, candidates, **options):
+    """The half of the heads that look at the candidates most."""
+    each = token_scores(query, key, per_head=True, **options)
+    return token_scores(query, key, head_weights=policies.top_heads(each, candidates), **options)
+
+
+def test_a_score_of_ones_own():
+    model, inputs, seen = tiny("qwen2_vl"), three("qwen2_vl", "left"), []
+
+    def score(query, key, candidates, **options):
+        seen.append((query, key, candidates, options))
+        return heads_that_look(query, key, candidates, **options)
+
+    extractor = apply_token_extractor(model, keep={2: 0.4}, min_keep=0, score=score)
+    got = run(model, extractor, inputs).logits
+    ((query, key, candidates, options),) = seen
+    assert torch.equal(candidates, modality_of(inputs))
+    assert options.keys() == {"query_mask", "key_mask", "scale"}
+    want = select_tokens(heads_that_look(query, key, candidates, **options), candidates, keep=0.4, layout="left",
+                         key_mask=inputs["attention_mask"].bool()).index  # fmt: skip
+    assert torch.equal(extractor.positions, want)
+    extractor.remove()
+    extractor = apply_token_extractor(model, keep={2: 0.4}, min_keep=0)
+    run(model, extractor, inputs)
+    assert not torch.equal(extractor.positions, want), "all heads keep the same"
+    extractor.remove()
+
+    for b, one in enumerate(sample("qwen2_vl", *s, seed=i) for i, s in enumerate(SIDES)):
+        extractor = apply_token_extractor(model, keep={2: 0.4}, min_keep=0, score=heads_that_look)
+        alone = run(model, extractor, one).logits[0]
+        assert close(got[b, -alone.shape[0] :], alone)
+        extractor.remove()
+    apply_token_extractor(model, keep={2: 0.4}, score=lambda query, key, candidates, **_: key)
+    with pytest.raises(ValueError, match="^score: got shape"):
+        model(**inputs)
+
+
+@pytest.mark.parametrize("keep", [0.5, [0.25, 1.0]])
+def test_budgets_per_segment(keep):
+    """Two images in each sample, say, or an image and a sound."""
+    model, inputs = tiny("llama"), three("llama", "left")
+    modality = modality_of(inputs)
+    half = modality.sum(1, keepdim=True) // 3
+    segments = (modality & (modality.cumsum(1) > half)).int()
+    extractor = apply_token_extractor(model, keep={1: keep, 3: keep}, min_keep=0)
+    with extractor.modality(modality, segments=segments):
+        out = model.generate(**inputs, max_new_tokens=2, num_beams=2, do_sample=False, return_dict_in_generate=True)
+    assert out.sequences.shape == (3, inputs["input_ids"].shape[1] + 2)
+    with torch.no_grad(), extractor.modality(modality, segments=segments):
+        model(**inputs)
+    shares = keep if isinstance(keep, list) else [keep, keep]
+    for b, places in enumerate(extractor.positions):
+        places = places[places >= 0]
+        for segment, share in enumerate(shares):
+            n = int((modality[b] & (segments[b] == segment)).sum())
+            left = int((modality[b, places] & (segments[b, places] == segment)).sum())
+            assert left == int(int(n * share) * share) and n
+        assert (~modality[b, places]).sum() == (inputs["attention_mask"][b].bool() & ~modality[b]).sum()
+
+    if isinstance(keep, list):
+        with pytest.raises(ValueError, match=r"segments: keep has a share for each, .* extractor.modality\(segments="):
+            run(model, extractor, inputs)
+        with (
+            pytest.raises(ValueError, match="segments: candidate .* has 2, expected 0 to 1"),
+            extractor.modality(modality, segments=2 * segments),
+        ):
+            model(**inputs)
+
+
+def test_evenly_spaced_tokens_have_no_segments():
+    model, inputs = tiny("llama"), sample("llama", 8, 5, seed=0)
+    extractor = apply_token_extractor(model, score="uniform")
+    with (
+        pytest.raises(ValueError, match="segments: score='uniform' spaces the tokens of a sample evenly"),
+        extractor.modality(modality_of(inputs), segments=torch.zeros_like(inputs["input_ids"])),
+    ):
+        model(**inputs)
 
 
 def test_a_spoken_question_asks_in_a_batch():
@@ -328,6 +410,21 @@ def test_checkpointing_changes_no_gradient(family, reentrant):
     assert want.keys() == got.keys() and want
     for name in want:
         assert torch.equal(got[name], want[name]), name
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputation_does_not_score_again(reentrant):
+    model, inputs, scored = tiny("llama").train(), three("llama", "left"), []
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+
+    def score(query, key, candidates, **options):
+        scored.append(query.shape)
+        return token_scores(query, key, **options)
+
+    extractor = apply_token_extractor(model, keep={1: 0.5, 3: 0.5}, min_keep=0, score=score)
+    with extractor.modality(modality_of(inputs)):
+        model(**inputs, labels=inputs["input_ids"], use_cache=False).loss.backward()
+    assert len(scored) == 2 and model.model.layers[1].mlp.up_proj.weight.grad.any()
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -555,6 +652,36 @@ def test_what_it_cannot_serve_it_refuses():
         model(**inputs)
     with pytest.raises(ValueError, match="paged"):
         apply_token_extractor(model)
+
+
+ARGUMENTS = {
+    "keep: got str, expected a share from 0 to 1": {"keep": "0.7"},
+    "keep: got 1.5, expected a share from 0 to 1": {"keep": {1: [0.5, 1.5]}},
+    "keep: got layer '1', expected 0 to 4": {"keep": {"1": 0.5}},
+    "keep: got layer 1.0, expected 0 to 4": {"keep": {1.0: 0.5}},
+    "min_keep: got -1, expected at least 0": {"min_keep": -1},
+    "min_keep: got NoneType, expected an int": {"min_keep": None},
+    "score: got 'best', expected one of 'text', 'last_row', 'random', 'uniform' or a function": {"score": "best"},
+    "modality_token_ids: got 5, expected a list of ints": {"modality_token_ids": 5},
+    "modality_token_ids: got ['<image>'], expected a list of ints": {"modality_token_ids": ["<image>"]},
+    "seed: got str, expected an int": {"seed": "a"},
+}
+
+
+@pytest.mark.parametrize("message", ARGUMENTS)
+def test_errors_name_the_argument_before_the_model_runs(message):
+    with pytest.raises((ValueError, TypeError), match="^" + re.escape(message)):
+        apply_token_extractor(tiny("llama"), **ARGUMENTS[message])
+
+
+def test_shares_of_numpy_and_ids_of_a_tensor():
+    model, inputs = tiny("qwen2_vl"), sample("qwen2_vl", 12, 5, seed=0)
+    extractor = apply_token_extractor(
+        model, keep={2: np.float32(0.5)}, min_keep=0, modality_token_ids=torch.tensor([IMAGE])
+    )
+    with torch.no_grad():
+        model(**inputs)
+    assert extractor.positions.shape[1] == inputs["input_ids"].shape[1] - 18
 
 
 def test_adapters_of_peft():

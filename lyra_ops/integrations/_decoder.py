@@ -5,11 +5,14 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 
 from torch import nn
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from lyra_ops.token_select.checks import check_share
 
 PARTS = ("embed_tokens", "layers", "norm", "rotary_emb")
 
@@ -76,33 +79,40 @@ def check_early(i: int, layer: nn.Module) -> None:
         raise ValueError(f"early: layer {i} ({type(layer).__name__}) takes no further arguments; use early=False")
 
 
+Share = float | Sequence[float]
+
+
 def drop_schedule(
-    model: nn.Module, layers: int, blocks: int, keep: float | Sequence[float] | Mapping[int, float]
-) -> dict[int, float]:
-    """{layer: share} in the order of the layers."""
+    model: nn.Module, layers: int, blocks: int, keep: Share | Sequence[Share] | Mapping[int, Share]
+) -> dict[int, float | tuple[float, ...]]:
+    """{layer: share, or one per segment} in the order of the layers."""
     if isinstance(keep, Mapping):
-        shares = dict(sorted(keep.items()))
+        shares = dict(keep)
     else:
         if isinstance(blocks, bool) or not isinstance(blocks, int):
             raise TypeError(f"blocks: got {type(blocks).__name__}, expected an int")
         if not 1 <= blocks <= layers:
             raise ValueError(f"blocks: got {blocks}, expected 1 to the {layers} layers of the model")
         ends = [layers * b // blocks - 1 for b in range(1, blocks)]
-        values = list(keep) if isinstance(keep, Sequence) else [keep] * len(ends)
+        values = list(keep) if _several(keep) else [keep] * len(ends)
         if len(values) != len(ends):
             raise ValueError(f"keep: got {len(values)} shares, expected one for each of {len(ends)} drops")
         shares = dict(zip(ends, values))
     deep = len(getattr(getattr(model.config, "vision_config", None), "deepstack_visual_indexes", None) or ())
     for layer, share in shares.items():
-        if not 0 <= layer < layers - 1:
-            raise ValueError(f"keep: got layer {layer}, expected 0 to {layers - 2}: nothing follows the last layer")
+        if not isinstance(layer, Integral) or not 0 <= layer < layers - 1:
+            raise ValueError(f"keep: got layer {layer!r}, expected 0 to {layers - 2}: nothing follows the last layer")
         if layer < deep:
             raise ValueError(
                 f"keep: got a drop after layer {layer}, expected layer {deep} or later: image features are added by "
                 f"place behind each of the first {deep} layers (DeepStack)"
             )
-        if isinstance(share, bool) or not isinstance(share, (float, int)):
-            raise TypeError(f"keep: got {type(share).__name__}, expected a share from 0 to 1")
-        if not 0 <= share <= 1:
-            raise ValueError(f"keep: got {share}, expected a share from 0 to 1")
-    return {layer: float(share) for layer, share in shares.items()}
+        for one in share if _several(share) else [share]:
+            check_share("keep", one)
+    return {
+        layer: tuple(map(float, share)) if _several(share) else float(share) for layer, share in sorted(shares.items())
+    }
+
+
+def _several(share: object) -> bool:
+    return isinstance(share, Sequence) and not isinstance(share, str)

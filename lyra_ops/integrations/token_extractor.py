@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,10 @@ from transformers import Cache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
-from lyra_ops._checks import check_tensor
-from lyra_ops.integrations._decoder import check_attention, check_cache, check_early, drop_schedule, find_decoder
+from lyra_ops._checks import FLOAT_DTYPES, INT_DTYPES, check_tensor
+from lyra_ops.integrations._decoder import Share, check_attention, check_cache, check_early, drop_schedule, find_decoder
 from lyra_ops.token_select import TokenSelection, gather_tokens, policies, select_tokens, token_scores
+from lyra_ops.token_select.selection import check_count
 
 POLICIES = ("text", "last_row", "random", "uniform")
 _PATCHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -36,10 +38,10 @@ _TOKEN_ID_NAMES = [f"{kind}_token_{end}" for kind in ("image", "video", "audio",
 def apply_token_extractor(
     model: nn.Module,
     blocks: int = 4,
-    keep: float | Sequence[float] | Mapping[int, float] = 0.7,
+    keep: Share | Sequence[Share] | Mapping[int, Share] = 0.7,
     *,
     min_keep: int = 32,
-    score: str = "text",
+    score: str | Callable[..., Tensor] = "text",
     early: bool = True,
     modality_token_ids: Sequence[int] | None = None,
     seed: int = 0,
@@ -50,13 +52,17 @@ def apply_token_extractor(
     blocks              the layers are split into that many blocks; tokens are dropped after each but the last
     keep                share of the modality tokens still there that stays at each drop (floor); or one share for each
                         of the blocks - 1 drops; or {layer: share} for drops after these layers, whatever ``blocks`` is
-                        ({n: 0.0}, with min_keep=0: no modality tokens after layer n)
-    min_keep            least number of modality tokens that a drop leaves (published: 32)
+                        ({n: 0.0}, with min_keep=0: no modality tokens after layer n). In place of a share, a list of
+                        them, one for each of the segments that `TokenExtractor.modality` is given.
+    min_keep            least number of modality tokens that a drop leaves (published: 32); with segments, of each
     score               "text": attention from the text behind the first modality token that is neither padding nor
                         answer (label other than -100), not causal, as published; where there is no such row, from all
                         text, and without text from the last token. "last_row": from the prompt's last token (FastV's
                         row). Answers are not looked at either, which the published code does: so training keeps what
-                        generation keeps. "random", "uniform" (evenly spaced): to compare with.
+                        generation keeps. "random", "uniform" (evenly spaced): to compare with. Or a function of your
+                        own, score(query, key, candidates, query_mask=, key_mask=, scale=) -> (B, L) float: the rows of
+                        "text" (B, Hq, rows, D), all keys (B, Hkv, L, D), and which of them may go (B, L); the rest as
+                        `token_scores` takes it.
     early               the tokens of a drop are left out right behind the attention of the block's last layer, whose
                         o_proj and mlp see the kept ones alone. Both act on each token by itself, so nothing else
                         changes. False: left out behind the whole layer, as published.
@@ -101,6 +107,7 @@ class _Prompt:
     real: Tensor
     positions: Tensor
     targets: Tensor
+    segments: Tensor | None
     stages: list[_Stage] = field(default_factory=list)
 
 
@@ -112,19 +119,20 @@ class TokenExtractor:
         self.text_model = find_decoder(model)
         layers = self.text_model.layers
         self.shares = drop_schedule(model, len(layers), blocks, keep)
-        if score not in POLICIES:
-            raise ValueError(f"score: got {score!r}, expected one of {', '.join(POLICIES)}")
+        if not callable(score) and score not in POLICIES:
+            named = ", ".join(map(repr, POLICIES))
+            raise ValueError(f"score: got {score!r}, expected one of {named} or a function")
+        check_count("min_keep", min_keep)
+        if not isinstance(seed, int):
+            raise TypeError(f"seed: got {type(seed).__name__}, expected an int")
         if early:
             for i in self.shares:
                 check_early(i, layers[i])
         if self.text_model in _PATCHED:
             raise ValueError("model: drops tokens already; remove() its extractor first")
         self.min_keep, self.score, self.early, self.seed = min_keep, score, early, seed
-        ids = [getattr(model.config, name, None) for name in _TOKEN_ID_NAMES]
-        self.modality_token_ids = (
-            [i for i in ids if i is not None] if modality_token_ids is None else modality_token_ids
-        )
-        self._given: tuple[Tensor | None, Tensor | None] = (None, None)
+        self.modality_token_ids = _token_ids(model.config, modality_token_ids)
+        self._given: tuple[Tensor | None, ...] = (None, None, None)
         self._entered: nn.Module | None = None  # by which part of the model the call that runs came in
         self._inputs: dict[str, object] = {}
         self._prompt: _Prompt | None = None
@@ -182,21 +190,29 @@ class TokenExtractor:
         return self._prompt.positions
 
     @contextmanager
-    def modality(self, mask: Tensor | None = None, *, query: Tensor | None = None) -> Iterator[None]:
+    def modality(
+        self, mask: Tensor | None = None, *, query: Tensor | None = None, segments: Tensor | None = None
+    ) -> Iterator[None]:
         """Within it, prompts take these masks, (B, L) bool, in place of what is found by token ids.
 
-        mask   True for modality tokens: those that may be dropped
-        query  True for the tokens that ask, such as those of a spoken instruction; they are looked from (in place of
-               the text), and always kept
+        mask      True for modality tokens: those that may be dropped
+        query     True for the tokens that ask, such as those of a spoken instruction; they are looked from (in place of
+                  the text), and always kept
+        segments  (B, L) int: modality tokens of one number (image, frame window, modality) compete among themselves,
+                  and each number keeps its share
         """
-        for name, given in (("mask", mask), ("query", query)):
+        for name, given, dtypes in (
+            ("mask", mask, (torch.bool,)),
+            ("query", query, (torch.bool,)),
+            ("segments", segments, INT_DTYPES),
+        ):
             if given is not None:
-                check_tensor(name, given, shape=("B", "L"), dtypes=(torch.bool,))
-        self._given = (mask, query)
+                check_tensor(name, given, shape=("B", "L"), dtypes=dtypes)
+        self._given = (mask, query, segments)
         try:
             yield
         finally:
-            self._given = (None, None)
+            self._given = (None, None, None)
 
     def _inputs_hooks(self, part: nn.Module) -> list:
         """Hooks that note the inputs of a call that enters by this part."""
@@ -247,7 +263,15 @@ class TokenExtractor:
 
     def _begin(self, real: Tensor) -> _Prompt:
         ids, labels = self._inputs.get("input_ids"), self._inputs.get("labels")
-        modality, asks = (self._fit(name, given, real) for name, given in zip(("mask", "query"), self._given))
+        names = "mask", "query", "segments"
+        modality, asks, segments = (self._fit(name, given, real) for name, given in zip(names, self._given))
+        if segments is None and any(isinstance(share, tuple) for share in self.shares.values()):
+            raise ValueError(
+                "segments: keep has a share for each, and none are given; run inside "
+                "`with extractor.modality(segments=...):`"
+            )
+        if segments is not None and self.score == "uniform":
+            raise ValueError("segments: score='uniform' spaces the tokens of a sample evenly, whatever their segment")
         if modality is None:
             if ids is None or not self.modality_token_ids:
                 raise ValueError("modality tokens: no ids to find them by; run inside `with extractor.modality(mask):`")
@@ -269,7 +293,7 @@ class TokenExtractor:
             targets = torch.full_like(positions, -100)
         else:
             targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-        return _Prompt(modality, query, prompt, real, positions, targets, [_Stage(real)])
+        return _Prompt(modality, query, prompt, real, positions, targets, segments, [_Stage(real)])
 
     def _fit(self, name: str, given: Tensor | None, real: Tensor) -> Tensor | None:
         """generate repeats a prompt for each of its beams or returned sequences."""
@@ -378,14 +402,17 @@ class TokenExtractor:
         return hook
 
     def _decide(self, i: int, scores: Tensor) -> None:
-        prompt = self._prompt
+        prompt, keep = self._prompt, self.shares[i]
+        if isinstance(keep, tuple):
+            keep = torch.tensor([keep], dtype=torch.float64, device=scores.device).repeat(scores.shape[0], 1)
         # On the left, so that the last real token stays in the last column, where `generate` reads logits.
         selection = select_tokens(
             scores,
             prompt.modality,
-            keep=self.shares[i],
+            keep=keep,
             min_keep=self.min_keep,
             key_mask=prompt.real,
+            segments=prompt.segments,
             layout="left",
         )
         self._drop.decided = True
@@ -397,6 +424,8 @@ class TokenExtractor:
         prompt, batch = self._prompt, hidden.shape[0]
         cos, sin = (x.expand(batch, -1, -1) for x in kwargs["position_embeddings"])
         fills = {"modality": 0, "query": 0, "keys": 0, "real": 0, "positions": -1, "targets": -100}
+        if prompt.segments is not None:
+            fills["segments"] = 0
         tensors = [hidden, cos, sin, *(getattr(prompt, name) for name in fills)]
         fill = [0, 0, 0, *fills.values()]
         position_ids = kwargs.get("position_ids")
@@ -420,15 +449,18 @@ class TokenExtractor:
         rows = int(prompt.query.sum(1).max())
         order = prompt.query.int().argsort(dim=1, descending=True, stable=True)[:, :rows]
         query = query.gather(2, order[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
-        asking = prompt.query.gather(1, order)
-        return token_scores(query, key, query_mask=asking, key_mask=prompt.keys, scale=scale)
+        options = {"query_mask": prompt.query.gather(1, order), "key_mask": prompt.keys, "scale": scale}
+        if not callable(self.score):
+            return token_scores(query, key, **options)
+        scores = self.score(query, key, prompt.modality, **options)
+        return check_tensor("score", scores, shape=tuple(prompt.modality.shape), dtypes=FLOAT_DTYPES)
 
     def _blind_scores(self, i: int) -> Tensor:
         """Those that look at no token."""
         modality = self._prompt.modality
         if self.score == "random":
             return policies.random_scores(modality, seed=self.seed + i)
-        return policies.uniform_scores(modality, float(self.shares[i]), min_keep=self.min_keep)
+        return policies.uniform_scores(modality, self.shares[i], min_keep=self.min_keep)
 
     def _on_kept_tokens(self, loss_function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def loss(*args, logits: Tensor, labels: Tensor, **kwargs) -> Tensor:
@@ -463,6 +495,16 @@ def _drop_inside(layer: nn.Module) -> list:
     for part in (layer.self_attn.o_proj, layer.mlp):
         handles += [part.register_forward_pre_hook(keep), part.register_forward_hook(put_back)]
     return handles
+
+
+def _token_ids(config: object, given: Sequence[int] | Tensor | None) -> list[int]:
+    if given is None:
+        ids = [getattr(config, name, None) for name in _TOKEN_ID_NAMES]
+        return [i for i in ids if i is not None]
+    ids = given.tolist() if isinstance(given, Tensor) else given
+    if isinstance(ids, (str, bytes)) or not isinstance(ids, Sequence) or not all(isinstance(i, Integral) for i in ids):
+        raise TypeError(f"modality_token_ids: got {given!r}, expected a list of ints")
+    return list(ids)
 
 
 def _parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:

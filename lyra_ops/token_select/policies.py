@@ -194,8 +194,9 @@ def seats_schedule(
     late      layer, counted from 1, which like all deeper ones and the one in front of it sees no modality tokens
 
     Published: the defaults for Qwen2.5-Omni-7B; n_layers=48, drops=(27, 31, 35), late=40 for Qwen3-Omni-30B-A3B; each
-    with a schedule per modality, video 0.1 and audio 0.45 for 15 % in all. Use with ``min_keep=0``, and with
-    `relevance_budgets` for the shares of windows and modalities.
+    with a schedule per modality, video 0.1 and audio 0.45 for 15 % in all. Use with ``min_keep=0``; two of them, for
+    segments 0 and 1, are ``{layer: [video[layer], audio[layer]] for layer in video}``. How `relevance_budgets` shares
+    them out among windows is not part of it.
 
     Raises ValueError where the tokens that enter are too few or too many for that average.
 
