@@ -170,6 +170,9 @@ def test_published_numbers_of_seats():
     schedule = policies.seats_schedule(0.1)
     assert schedule == {15: pytest.approx(0.9298, abs=1e-4), 17: pytest.approx(0.7949, abs=1e-4),
                         19: pytest.approx(0.2986, abs=1e-4), 22: 0}  # fmt: skip
+    # Of a model into which all tokens go, 0.7 of them are left on average.
+    shares = [1.0, *left(policies.seats_schedule(0.7, entering=1.0))]
+    assert statistics.mean(share for share, n in zip(shares, (16, 2, 2, 3, 5)) for _ in range(n)) == pytest.approx(0.7)
     with pytest.raises(ValueError, match="^average: got 0.1, expected 0.342 to 0.411, since 0.5 enter"):
         policies.seats_schedule(0.1, entering=0.5)
 

@@ -5,7 +5,7 @@
     random, uniform         select_tokens(random_scores(candidates, seed=0), candidates, keep=k)
     the heads that look     token_scores(query, key, head_weights=top_heads(per_head_scores, candidates))
     per window or modality  select_tokens(scores, candidates, segments=segments, keep=relevance_budgets(...))
-    shares per layer        apply_token_extractor(model, keep=seats_schedule(0.1), min_keep=0)
+    shares per layer        apply_token_extractor(model, keep=seats_schedule(0.7, entering=1.0), min_keep=0)
 
 Random and uniform selection are strong: no rule is worth its cost that does not beat them on the task at hand.
 """
@@ -193,10 +193,10 @@ def seats_schedule(
               share exp(i) / (1 + e + e^2 + ...)
     late      layer, counted from 1, which like all deeper ones and the one in front of it sees no modality tokens
 
-    Published: the defaults for Qwen2.5-Omni-7B; n_layers=48, drops=(27, 31, 35), late=40 for Qwen3-Omni-30B-A3B; each
-    with a schedule per modality, video 0.1 and audio 0.45 for 15 % in all. Use with ``min_keep=0``; two of them, for
-    segments 0 and 1, are ``{layer: [video[layer], audio[layer]] for layer in video}``. How `relevance_budgets` shares
-    them out among windows is not part of it.
+    Published: the defaults for Qwen2.5-Omni-7B; n_layers=48, drops=(27, 31, 35), late=40 for Qwen3-Omni-30B-A3B; video
+    0.1 and audio 0.45 for 15 % in all, which differ in what enters alone: in the decoder both lose the same shares. Use
+    with ``min_keep=0``. `apply_token_extractor` drops nothing in front of the decoder; where nothing else does, all
+    tokens enter: ``seats_schedule(0.7, entering=1.0)``.
 
     Raises ValueError where the tokens that enter are too few or too many for that average.
 
