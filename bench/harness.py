@@ -60,7 +60,9 @@ class Result:
     implementation: str
     seconds: dict[str, float]  # median, p20, p80
     repeats: int
-    timing: str  # "wall", "graph" (device time of a captured graph), "events" (device time with launch gaps)
+    # "wall"; "cpu" (of one thread: what other processes take in between is not counted), "graph" (device time of a
+    # captured graph), "events" (device time with launch gaps)
+    timing: str
     peak_bytes: int | None  # above the inputs
     bytes: int
     flops: int
@@ -90,7 +92,8 @@ def measure(workloads: Iterable[Workload], device: str, ceilings: dict[str, floa
             else:
                 inputs = workload.inputs()
                 runs = {name: call(function, inputs, direction) for name, function in functions.items()}
-                timed = {name: (samples, "wall") for name, samples in time_cpu(runs, workload.budget, quick).items()}
+                clock = "cpu" if torch.get_num_threads() == 1 else "wall"
+                timed = {name: (t, clock) for name, t in time_cpu(runs, workload.budget, quick, CLOCKS[clock]).items()}
             for name, (samples, timing) in timed.items():
                 median = statistics.median(samples)
                 yield Result(
@@ -164,7 +167,15 @@ def percentile(samples: list[float], percent: int) -> float:
     return ordered[min(len(ordered) * percent // 100, len(ordered) - 1)]
 
 
-def time_cpu(runs: dict[str, Callable[[], object]], budget: tuple[int, float], quick: bool) -> dict[str, list[float]]:
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def time_cpu(
+    runs: dict[str, Callable[[], object]],
+    budget: tuple[int, float],
+    quick: bool,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Seconds of each, by turns: what else goes on in the machine then meets all of them alike. Each round in an order
     of its own, since what ran before decides what the caches hold: worth a tenth at a few megabytes."""
     draw = random.Random(0)
@@ -180,9 +191,9 @@ def time_cpu(runs: dict[str, Callable[[], object]], budget: tuple[int, float], q
 
     while left := [name for name, taken in samples.items() if wanted(taken)]:
         for name in draw.sample(left, len(left)):
-            start = time.perf_counter()
+            start = clock()
             runs[name]()
-            samples[name].append(time.perf_counter() - start)
+            samples[name].append(clock() - start)
     return samples
 
 
