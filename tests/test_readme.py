@@ -1,4 +1,4 @@
-"""The README's examples run as they stand."""
+"""The examples of the README, and of those pages that need no model, run as they stand."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)
+EXAMPLES = {
+    f"{page}-{number}": example
+    for page in ("README.md", "docs/soft_dtw.md")
+    for number, example in enumerate(
+        re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / page).read_text(), re.DOTALL)
+    )
+}
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +27,7 @@ def question(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("number", range(len(EXAMPLES)))
-def test_example(number: int, question: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example(name: str, question: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(question)
-    exec(EXAMPLES[number], {})
+    exec(EXAMPLES[name], {})
