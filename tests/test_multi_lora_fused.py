@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_multi_lora import each_adapter_and_mask, formula, layer, leaves, sum_of_formulas
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from lyra_ops import LoraBank, LoraRouting, multi_lora_linear
 from lyra_ops.multi_lora import dropout, fused, kernels, plan, reference
@@ -55,7 +57,7 @@ def run(x, weight, bias, adapters, ids, weights=None, seed=None, drop=0) -> Tens
     return linears(Call(ENGINE, [bank], routing, seed, drop), x, weights, [Base(weight, bias, None)])[0]
 
 
-@pytest.mark.parametrize("ranks", [(4,), (1, 8, 13), (64, 1, 320, 8), (512,), tuple(range(1, 33))], ids=str)
+@pytest.mark.parametrize("ranks", [(4,), (1, 8, 13, 64, 320), (64, 1, 8), (512,), tuple(range(1, 33))], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_forward_and_backward(ranks: tuple[int, ...], dtype: torch.dtype):
     arguments = layer(ranks, 200, inputs=48, outputs=40, dtype=dtype)
@@ -232,6 +234,35 @@ def test_compiles_as_a_whole(ops):
             results.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
         for got, want in zip(*results):
             torch.testing.assert_close(got, want)
+
+
+class OnTheDevice(TorchFunctionMode):
+    """Refuses what brings something from the host; of tensors on "meta" nothing can be read back."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        assert func not in (torch.tensor, torch.as_tensor, torch.from_numpy), f"{func.__name__}{args}"
+        result = func(*args, **(kwargs or {}))
+        assert not isinstance(result, Tensor) or result.device.type == "meta", func
+        return result
+
+
+@pytest.mark.parametrize("drop", [0, 1 << 14])
+def test_neither_waits_for_the_other(drop: int):
+    """Host and GPU, from the ids to the gradients, so that a CUDA graph can hold all of it."""
+    engine = fused.Engine(SimpleNamespace(**{name.removeprefix("multi_lora_"): f for name, f in fused.FAKES.items()}))
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(*shape, device="meta", requires_grad=True)
+
+    x, weight, shares = leaf(200, 24), leaf(17, 24), leaf(200, 2)
+    adapters = {f"{rank}": (leaf(rank, 24), leaf(17, rank), 1 / rank) for rank in (4, 8)}
+    ids = torch.zeros(200, 2, dtype=torch.int64, device="meta")
+    with OnTheDevice():
+        bank = LoraBank.pack(adapters)
+        call = Call(engine, [bank], LoraRouting(ids, bank, shares), dropout.new_seed(ids.device), drop)
+        (y,) = linears(call, x, shares, [Base(weight, None, None)])
+        inputs = [x, weight, shares, *(t for pair in bank.adapters for t in pair)]
+        assert [g.shape for g in torch.autograd.grad(y.sum(), inputs)] == [t.shape for t in inputs]
 
 
 def test_dropout_in_the_twins_is_the_mask():

@@ -41,8 +41,8 @@ def build(adapter_ids: Tensor, adapters: int) -> Plan:
     places = torch.arange(-(-len(order) // TILE) + adapters, device=device)
     owner = (places[:, None] >= firsts[1:]).sum(1)  # adapters that end before: whose chunk this is, or E
     inside = owner.clamp(max=max(adapters - 1, 0))
-    chunks = torch.stack([owner, starts[inside] + (places - firsts[inside]) * TILE], 1)
-    chunks = torch.where((owner < adapters)[:, None], chunks, torch.tensor([-1, 0], device=device))
+    begins = starts[inside] + (places - firsts[inside]) * TILE
+    chunks = torch.stack([torch.where(owner < adapters, owner, -1), torch.where(owner < adapters, begins, 0)], 1)
 
     tiles, words = -(-tokens // TILE), -(-adapters // 32)
     in_tile = torch.zeros(tiles * TILE, words * 32, dtype=torch.bool, device=device)
