@@ -1,6 +1,6 @@
 """Fast, exact ops for multimodal language models. Needs torch alone."""
 
-from lyra_ops import nn
+from lyra_ops import integrations, nn
 from lyra_ops._backend import backend_of
 from lyra_ops.multi_lora import LoraBank, LoraRouting, multi_lora_linear, multi_lora_linears
 from lyra_ops.soft_dtw import dtw_path, soft_dtw, soft_dtw_alignment, soft_dtw_from_cost
@@ -30,6 +30,7 @@ __all__ = [
     "extract_tokens",
     "extract_tokens_packed",
     "gather_tokens",
+    "integrations",
     "multi_lora_linear",
     "multi_lora_linears",
     "nn",

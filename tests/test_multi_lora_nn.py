@@ -172,11 +172,14 @@ ERRORS = {
     "adapters: got list, expected a dict of name: (rank, scaling)": ((BASE, ["image"]), {}),
     "adapters: got none, expected at least one": ((BASE, {}), {}),
     "adapters: got the name 'a.b', expected a str without a dot": ((BASE, {"a.b": (3, 2.0)}), {}),
+    "adapters: got the name 'keys', which torch.nn.ParameterDict uses itself": ((BASE, {"keys": (3, 2.0)}), {}),
+    "adapters: got the name 'training', which": ((BASE, {"training": (3, 2.0)}), {}),
     "adapters['a']: got 3, expected (rank, scaling)": ((BASE, {"a": 3}), {}),
     "rank of adapter 'a': got float, expected an int": ((BASE, {"a": (3.0, 2.0)}), {}),
     "rank of adapter 'a': got 0, expected 1 or more": ((BASE, {"a": (0, 2.0)}), {}),
     "A of adapter 'a': got rank 513, expected 1 to 512": ((BASE, {"a": (513, 2.0)}), {}),
     "scaling of adapter 'a': got str, expected a number": ((BASE, {"a": (3, "2")}), {}),
+    "dropout_p: got 1.5, expected 0 to 1": ((BASE, {"a": (3, 1.0)}), {"dropout_p": 1.5}),
     "dtype: got torch.int32, expected a floating torch.dtype": ((BASE, {"a": (3, 1.0)}), {"dtype": torch.int32}),
 }
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import filecmp
+import re
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ transformers = pytest.importorskip("transformers")
 RANKS = {"image": 4, "speech": 3, "image+speech": 8}
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 MIXED = ["speech", None, "image+speech", "speech"]
+IDS = torch.zeros(4, 7, dtype=torch.int64)
 
 
 def llama(**options) -> nn.Module:
@@ -615,13 +618,8 @@ def test_errors_of_apply() -> None:
     routed = apply_multi_lora(model)
     with pytest.raises(ValueError, match="is routable already"):
         apply_multi_lora(model)
-    with (
-        pytest.raises(ValueError, match=r"adapters: got ids for \(3,\), expected them to fit"),
-        routed.route([None] * 3),
-    ):
-        model(**batch())
-    with pytest.raises(TypeError, match="adapters: got 'image', expected a list"), routed.route("image"):
-        pass
+    with pytest.raises(TypeError, match="model: got str, expected a torch.nn.Module"):
+        apply_multi_lora("model")
     for wrong in (-2, 3):
         ids = torch.tensor([[0, wrong]])
         with pytest.raises(ValueError, match="expected -1 .base alone. or one of 0 = image"), routed.route(ids):
@@ -634,12 +632,51 @@ def test_errors_of_apply() -> None:
         apply_multi_lora(embedding)
 
 
+UNFIT = {  # what a user may give for four samples of seven tokens
+    "adapters: got 'image', expected a list of names, one per sample, or a tensor of ids per token": ("image", {}),
+    "adapters: got None, expected a list of names": (None, {}),
+    "adapters: got array([[0]]), expected a list of names": (np.zeros((1, 1), int), {}),
+    "adapters: got 1, expected a name, None or a dict of weights by name": ([1], {}),
+    "adapters: got 'video', expected None or one of image, speech, image+speech": (["video"], {}),
+    "adapters: got the weight nan for 'image', expected a finite number": ([{"image": float("nan")}], {}),
+    "adapters: got the weight '1' for 'image', expected a finite number": ([{"image": "1"}], {}),
+    "adapters: got names for 3 samples, expected them to fit a layer that sees tokens (4, 7)": ([None] * 3, {}),
+    "adapters: got ids for tokens (7, 4), expected them to fit a layer that sees tokens (4, 7)": (IDS.T, {}),
+    "adapters: got shape (4, 7, 1), expected (T,) or (B, L); with weights (T, S) or (B, L, S)": (IDS[..., None], {}),
+    "adapters: got shape (7,), expected (T, S) or (B, L, S) beside weights": (IDS[0], {"weights": torch.ones(7)}),
+    "weights: got shape (4, 7, 2), expected (4, 7, 1)": (IDS[..., None], {"weights": torch.ones(4, 7, 2)}),
+    "new_tokens: got 'image', expected a list of names": (IDS, {"new_tokens": "image"}),
+}
+
+
+@pytest.mark.parametrize("message", UNFIT)
+def test_errors_of_route(message: str) -> None:
+    model = with_adapters(llama())
+    given, options = UNFIT[message]
+    routed = apply_multi_lora(model)
+    with (
+        pytest.raises((ValueError, TypeError), match="^" + re.escape(message)),
+        routed.route(given, **options),
+    ):
+        model(**batch())
+    assert not is_routed(model)
+
+
+def test_ids_alone_do_not_tell_of_generated_tokens() -> None:
+    model = with_adapters(llama()).eval()
+    message = (
+        "ids for tokens (4, 7), expected them to fit a layer that sees tokens (4, 1); new_tokens= names the adapters"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)), apply_multi_lora(model).route(IDS):
+        model.generate(**batch(), max_new_tokens=2)
+
+
 def test_importing_lyra_ops_imports_neither_peft_nor_transformers() -> None:
     import subprocess
     import sys
 
     code = (
-        "import sys, lyra_ops, lyra_ops.integrations; sys.exit('peft' in sys.modules or 'transformers' in sys.modules)"
+        "import sys, lyra_ops; lyra_ops.integrations; sys.exit('peft' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     assert lyra_ops.__all__

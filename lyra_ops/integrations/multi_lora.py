@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Real
 
 import torch
 from peft.tuners import lora
@@ -26,8 +27,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lyra_ops._checks import FLOAT_DTYPES, INT_DTYPES, check_tensor, readable
-from lyra_ops.multi_lora import LoraBank, LoraRouting, add_adapters, dora, run_checked
+from lyra_ops._checks import readable
+from lyra_ops.multi_lora import LoraBank, LoraRouting, add_adapters, check_ids, dora, run_checked
 from lyra_ops.multi_lora.function import Base
 
 # What one sample goes through: the base model alone, an adapter, or a sum of adapters with their weights.
@@ -76,6 +77,8 @@ class RoutedLora:
     """Handle of a model whose LoRA layers are routable; made by `apply_multi_lora`."""
 
     def __init__(self, model: nn.Module) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
         self._model = model
         self._now: _Assignment | None = None
         self._followers: dict[_RoutedLinear, list[_RoutedLinear]] = {}  # layers that were given the same input
@@ -117,11 +120,8 @@ class RoutedLora:
         self._take_over()
         names = self.names
         if isinstance(adapters, Tensor):
-            slots = () if weights is None else ("S",)
-            shape = (*(("B", "L") if adapters.ndim == 2 + len(slots) else ("T",)), *slots)
-            ids = check_tensor("adapters", adapters, shape=shape, dtypes=INT_DTYPES)
-            if weights is not None:
-                check_tensor("weights", weights, shape=ids.shape, dtypes=FLOAT_DTYPES)
+            ids = adapters
+            check_ids("adapters", ids, weights)
             if readable(ids) and ids.numel() and not -1 <= int(ids.min()) <= int(ids.max()) < len(names):
                 known = ", ".join(f"{e} = {name}" for e, name in enumerate(names))
                 got = f"{int(ids.min())} to {int(ids.max())}"
@@ -175,12 +175,18 @@ class RoutedLora:
 
     def _ids(self, argument: str, choices: Sequence[Choice]) -> _Ids:
         places = {name: e for e, name in enumerate(self.names)}
-        if isinstance(choices, (str, Mapping)):
-            raise TypeError(f"{argument}: got {choices!r}, expected a list of names, one per sample")
+        if isinstance(choices, str) or not isinstance(choices, Sequence):
+            or_ids = ", or a tensor of ids per token" if argument == "adapters" else ""
+            raise TypeError(f"{argument}: got {choices!r:.80}, expected a list of names, one per sample{or_ids}")
+        for c in choices:
+            if c is not None and not isinstance(c, (str, Mapping)):
+                raise TypeError(f"{argument}: got {c!r:.80}, expected a name, None or a dict of weights by name")
         sums = [c if isinstance(c, Mapping) else {} if c is None else {c: 1.0} for c in choices]
-        for name in (name for weights in sums for name in weights):
+        for name, weight in (item for weights in sums for item in weights.items()):
             if name not in places:
                 raise ValueError(f"{argument}: got {name!r}, expected None or one of {', '.join(self.names)}")
+            if not isinstance(weight, Real) or not math.isfinite(weight):
+                raise ValueError(f"{argument}: got the weight {weight!r:.80} for {name!r}, expected a finite number")
         if not any(isinstance(c, Mapping) for c in choices):
             return _Ids(torch.tensor([places.get(c, -1) for c in choices], dtype=torch.int64), None)
         slots = max(map(len, sums))
@@ -244,8 +250,15 @@ class _Assignment:
             return self.per_token.map(lambda t: t.reshape(*shape, *t.shape[ndim:]))
         if self.per_sample is not None and len(shape) == 2 and (shape[0],) == self.per_sample.shape:
             return self.per_sample.map(lambda t: t[:, None].expand(*shape, *t.shape[1:]))
-        got = [f"{given.shape}" for given in (self.per_token, self.per_sample) if given is not None]
-        raise ValueError(f"adapters: got ids for {' and '.join(got)}, expected them to fit a layer that sees {shape}")
+        got = []
+        if self.per_token is not None:
+            got.append(f"ids for tokens {self.per_token.shape}")
+        if self.per_sample is not None:
+            got.append(f"names for {self.per_sample.shape[0]} samples")
+        expected = f"expected them to fit a layer that sees tokens {tuple(shape)}"
+        if self.per_sample is None:
+            expected += "; new_tokens= names the adapters of those that are generated"
+        raise ValueError(f"adapters: got {' and '.join(got)}, {expected}")
 
     def _places(self, ids: Tensor, present: tuple[str, ...]) -> Tensor:
         """The ids as places in ``present``, -1 where the adapter is not there. Copies nothing to the device."""

@@ -41,13 +41,7 @@ class LoraRouting:
     def __init__(self, adapter_ids: Tensor, bank: LoraBank, weights: Tensor | None = None) -> None:
         if not isinstance(bank, LoraBank):
             raise TypeError(f"bank: got {type(bank).__name__}, expected a LoraBank")
-        slots = () if weights is None else ("S",)
-        two = isinstance(adapter_ids, Tensor) and adapter_ids.ndim == 2 + len(slots)
-        shape = (*(("B", "L") if two else ("T",)), *slots)
-        device = bank.adapters[0][0].device
-        check_tensor("adapter_ids", adapter_ids, shape=shape, dtypes=INT_DTYPES, device=device)
-        if weights is not None:
-            check_tensor("weights", weights, shape=adapter_ids.shape, dtypes=FLOAT_DTYPES, device=device)
+        shape = check_ids("adapter_ids", adapter_ids, weights, bank.adapters[0][0].device)
         if readable(adapter_ids):
             bad = (adapter_ids < -1) | (adapter_ids >= len(bank.names))
             if bool(bad.any()):
@@ -59,7 +53,7 @@ class LoraRouting:
         self.adapter_ids = adapter_ids
         self.weights = weights
         self.names = bank.names
-        self.shape = adapter_ids.shape[: len(shape) - len(slots)]
+        self.shape = shape
         self.pairs = adapter_ids.flatten()[:, None] if weights is None else adapter_ids.flatten(0, -2)
         self.blocks = cpu.plan(self.pairs) if readable(adapter_ids) else None
         self.few = self.blocks is not None and few.fits(self.pairs, self.blocks)
@@ -77,6 +71,19 @@ class LoraRouting:
         if self._counters is None:
             self._counters = self.pairs.new_zeros(3, dtype=torch.int32)
         return self._counters
+
+
+def check_ids(argument: str, ids: object, weights: object, device: torch.device | None = None) -> torch.Size:
+    """The shape of the tokens of ids (T,) or (B, L), or, beside weights of their shape, (T, S) or (B, L, S)."""
+    check_tensor(argument, ids, dtypes=INT_DTYPES, device=device)
+    shape = ids.shape if weights is None else ids.shape[:-1]
+    if len(shape) not in (1, 2):
+        known = "(T,) or (B, L); with weights (T, S) or (B, L, S)"
+        expected = known if weights is None else "(T, S) or (B, L, S) beside weights"
+        raise ValueError(f"{argument}: got shape {tuple(ids.shape)}, expected {expected}")
+    if weights is not None:
+        check_tensor("weights", weights, shape=ids.shape, dtypes=FLOAT_DTYPES, device=device)
+    return shape
 
 
 def multi_lora_linear(
@@ -309,6 +316,10 @@ def _check_adapters(x: Tensor, outputs: int, bank: object, routing: object, drop
     # Flattened tokens fit as well, but never (L, B) to (B, L).
     if tokens != routing.shape and tokens != (len(routing.pairs),):
         raise ValueError(f"routing: got adapter_ids for tokens {tuple(routing.shape)}, expected {tokens} as x has")
+    check_dropout(dropout_p)
+
+
+def check_dropout(dropout_p: object) -> None:
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, Real):
         raise TypeError(f"dropout_p: got {type(dropout_p).__name__}, expected a number")
     if not 0 <= dropout_p <= 1:

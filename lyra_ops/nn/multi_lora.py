@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lyra_ops._checks import FLOAT_DTYPES
-from lyra_ops.multi_lora import BankKeeper, LoraBank, LoraRouting, multi_lora_linear
+from lyra_ops.multi_lora import BankKeeper, LoraBank, LoraRouting, check_dropout, multi_lora_linear
 
 
 class MultiLoraLinear(nn.Module):
@@ -46,6 +46,7 @@ class MultiLoraLinear(nn.Module):
             raise TypeError(f"adapters: got {type(adapters).__name__}, expected a dict of name: (rank, scaling)")
         if dtype is not None and dtype not in FLOAT_DTYPES:
             raise TypeError(f"dtype: got {dtype!r}, expected a floating torch.dtype")
+        check_dropout(dropout_p)
         self.base = base.requires_grad_(False)
         self.dropout_p = dropout_p
         self.scaling: dict[str, float] = {}
@@ -54,6 +55,8 @@ class MultiLoraLinear(nn.Module):
         for name, adapter in adapters.items():
             if not isinstance(name, str) or not name or "." in name:
                 raise ValueError(f"adapters: got the name {name!r}, expected a str without a dot")
+            if hasattr(self.lora_A, name):
+                raise ValueError(f"adapters: got the name {name!r}, which torch.nn.ParameterDict uses itself")
             if not isinstance(adapter, (tuple, list)) or len(adapter) != 2:
                 raise TypeError(f"adapters[{name!r}]: got {adapter!r:.80}, expected (rank, scaling)")
             rank, self.scaling[name] = adapter
