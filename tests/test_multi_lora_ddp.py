@@ -12,13 +12,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lyra_ops import LoraRouting
+from lyra_ops import LoraRouting, integrations
 from lyra_ops.nn import MultiLoraLinear
 
 IDS = torch.tensor([[0, 1, -1], [0, 0, 0]])  # by process: the second has nothing for adapter 1; nobody for adapter 2
 
 
-class Model(nn.Module):
+class Own(nn.Module):
     """Two layers, so that a gradient that never comes would be waited for."""
 
     def __init__(self) -> None:
@@ -37,13 +37,39 @@ class Model(nn.Module):
         return x
 
 
+class Peft(nn.Module):
+    """The same of peft's layers, one of the adapters with DoRA."""
+
+    def __init__(self) -> None:
+        import peft
+
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+        for name, rank in {"image": 3, "speech": 5, "both": 2}.items():
+            options = {"target_modules": ["0", "2"], "init_lora_weights": False, "use_dora": name == "both"}
+            config = peft.LoraConfig(r=rank, **options)
+            if name == "image":
+                self.model = peft.get_peft_model(self.model, config, adapter_name=name)
+            else:
+                self.model.add_adapter(name, config)
+        self.double()
+        for name, p in self.named_parameters():
+            p.requires_grad_("lora_" in name)
+        self.routed = integrations.apply_multi_lora(self.model)
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        with self.routed.route(ids):
+            return self.model(x)
+
+
 def inputs() -> Tensor:
     return torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
-def process(rank: int, folder: str) -> None:
+def process(rank: int, folder: str, kind: type[nn.Module]) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    model = DistributedDataParallel(Model())
+    model = DistributedDataParallel(kind())
     for _ in range(2):  # the second step hangs or fails if the first left a gradient out
         model.zero_grad()
         model(inputs()[rank], IDS[rank]).square().sum().backward()
@@ -52,14 +78,18 @@ def process(rank: int, folder: str) -> None:
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="torch without gloo")
-def test_an_adapter_that_one_process_does_not_see(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [Own, Peft])
+def test_an_adapter_that_one_process_does_not_see(tmp_path: Path, kind: type[nn.Module]) -> None:
+    if kind is Peft:
+        pytest.importorskip("peft")
+        pytest.importorskip("transformers")
     tests, path = str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")
     os.environ["PYTHONPATH"] = os.pathsep.join([tests, *sys.path, path])  # for the processes that are spawned
     try:
-        torch.multiprocessing.spawn(process, args=(str(tmp_path),), nprocs=2)
+        torch.multiprocessing.spawn(process, args=(str(tmp_path), kind), nprocs=2)
     finally:
         os.environ["PYTHONPATH"] = path
-    model = Model()
+    model = kind()
     loss = sum(model(x, ids).square().sum() for x, ids in zip(inputs(), IDS)) / 2  # DDP takes the mean
     loss.backward()
     want = [p.grad for p in model.parameters() if p.requires_grad]

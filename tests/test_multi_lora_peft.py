@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ accelerate = pytest.importorskip("accelerate")
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
+ROOT = Path(__file__).parents[1]
 RANKS = {"image": 4, "speech": 3, "image+speech": 8}
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 MIXED = ["speech", None, "image+speech", "speech"]
@@ -669,6 +671,21 @@ def test_ids_alone_do_not_tell_of_generated_tokens() -> None:
     )
     with pytest.raises(ValueError, match=re.escape(message)), apply_multi_lora(model).route(IDS):
         model.generate(**batch(), max_new_tokens=2)
+
+
+EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "multi_lora.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(len(EXAMPLES)))
+def test_example_of_the_docs(number: int, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with_adapters(llama()).save_pretrained("adapters")
+    inputs = {"input_ids": IDS[:3] + 1, "labels": IDS[:3] + 1}
+    names = {"base": llama(), "batch": inputs if "backward" in EXAMPLES[number] else {"input_ids": IDS[:3] + 1}}
+    exec(EXAMPLES[number], names)
+    if "backward" in EXAMPLES[number]:
+        trained = names["optimizer"].param_groups[0]["params"]
+        assert all(p.grad is not None for p in trained) and any(p.grad.any() for p in trained)
 
 
 def test_importing_lyra_ops_imports_neither_peft_nor_transformers() -> None:
