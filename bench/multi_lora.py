@@ -1,7 +1,7 @@
-"""multi_lora_linear beside peft: a frozen layer, and adapters of rank 64 of which each has its share of the tokens.
+"""multi_lora_linear beside peft: a frozen layer, and adapters of which each has its share of the tokens.
 
-On a CPU in float32: square layers, 1 to 2048 tokens, 1 and 4 adapters, and a bank that no token is routed to. On a GPU
-in bfloat16: training at 8192 tokens, decoding at 1 and 16.
+On a CPU in float32: square layers, 1 to 2048 tokens, 1 and 4 adapters of rank 64, and of rank 16 where the rank tells
+most; and a bank that no token is routed to. On a GPU in bfloat16: training at 8192 tokens, decoding at 1 and 16.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import lyra_ops
 from bench.harness import BOTH, FORWARD, Cost, Workload
 from lyra_ops.multi_lora import BankKeeper
 
-RANK, SCALING = 64, 2.0
+RANK, LOW_RANK, SCALING = 64, 16, 2.0
 CPU_SIZES, CPU_TOKENS = (576, 1536, 3584), (1, 16, 512, 2048)
 BASE = "the layer without adapters (not the same result)"
 BOUND = "the layer and the adapters' products alone (not the same result)"
@@ -26,16 +26,20 @@ BOUND = "the layer and the adapters' products alone (not the same result)"
 def workloads(device: str, quick: bool) -> Iterator[Workload]:
     if device == "cuda":
         shapes = [(3584, 8192, [FORWARD, BOTH]), (3584, 1, [FORWARD]), (3584, 16, [FORWARD])]
-        idle = [(3584, 8192), (3584, 1)]
+        low, idle = [], [(3584, 8192), (3584, 1)]
     else:
         shapes = [(size, tokens, [FORWARD, BOTH]) for size in CPU_SIZES for tokens in CPU_TOKENS]
-        idle = [(1536, 1), (1536, 2048)]
+        low, idle = [(576, 2048)], [(1536, 1), (1536, 2048)]
     if quick:
-        shapes, idle = [(size // 8, min(tokens, 64), both) for size, tokens, both in shapes[1:3]], [(72, 64)]
+        shapes, low = [(size // 8, min(tokens, 64), both) for size, tokens, both in shapes[1:3]], [(72, 64)]
+        idle = low
     for size, tokens, directions in shapes:
         for adapters in (1, 4):
             if adapters <= tokens:
                 yield workload(device, size, tokens, adapters, directions)
+    for size, tokens in low:
+        for adapters in (1, 4):
+            yield workload(device, size, tokens, adapters, [FORWARD, BOTH], rank=LOW_RANK)
     for size, tokens in idle:
         yield workload(device, size, tokens, 4, [FORWARD, BOTH], idle=True)
 
@@ -50,7 +54,14 @@ def in_runs(tokens: int, adapters: int) -> Tensor:
 
 
 def workload(
-    device: str, size: int, tokens: int, adapters: int, directions: list[str], *, idle: bool = False
+    device: str,
+    size: int,
+    tokens: int,
+    adapters: int,
+    directions: list[str],
+    *,
+    rank: int = RANK,
+    idle: bool = False,
 ) -> Workload:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     ids = torch.full((tokens,), -1) if idle else in_runs(tokens, adapters)
@@ -62,13 +73,13 @@ def workload(
             return torch.randn(*shape, device=device, dtype=dtype) / shape[1] ** 0.5
 
         # x, then A and B of each adapter
-        return normal(tokens, size), *(t for _ in names for t in (normal(RANK, size), normal(size, RANK)))
+        return normal(tokens, size), *(t for _ in names for t in (normal(rank, size), normal(size, rank)))
 
     implementations: dict[str, Callable[..., Tensor]] = {"lyra": ours(weight, names, where)}
     if device == "cuda" or (adapters > 1 and tokens <= 512):
         implementations["lyra (reference)"] = ours(weight, names, where, "reference")
     if find_spec("peft") and not idle:
-        implementations |= peft_layers(weight, names, ids)
+        implementations |= peft_layers(weight, names, ids, rank)
     if adapters == 1:
         implementations["torch addmm"] = addmm(weight)
     elif not idle:
@@ -84,14 +95,14 @@ def workload(
         return adapter_by_adapter(weight.to(x.dtype), where)(x, *ab)
 
     routed, present = int((ids >= 0).sum()), len(set(ids.tolist()) - {-1})
-    numbers = 2 * tokens * size + size * size + 2 * present * RANK * size
-    flops = 2 * tokens * size * size + 4 * routed * RANK * size
+    numbers = 2 * tokens * size + size * size + 2 * present * rank * size
+    flops = 2 * tokens * size * size + 4 * routed * rank * size
     costs = {
         FORWARD: Cost(numbers * weight.element_size(), flops),
-        BOTH: Cost(3 * numbers * weight.element_size(), 2 * flops + 4 * routed * RANK * size),
+        BOTH: Cost(3 * numbers * weight.element_size(), 2 * flops + 4 * routed * rank * size),
     }
     return Workload(
-        name=f"{tokens} tokens, {size} x {size}, {adapters} adapters of rank {RANK} ({present} with tokens)",
+        name=f"{tokens} tokens, {size} x {size}, {adapters} adapters of rank {rank} ({present} with tokens)",
         inputs=inputs,
         implementations=implementations,
         plain=plain,
@@ -112,12 +123,12 @@ def ours(weight: Tensor, names: list[str], ids: Tensor, backend: str | None = No
     return run
 
 
-def peft_layers(weight: Tensor, names: list[str], ids: Tensor) -> dict[str, Callable[..., Tensor]]:
+def peft_layers(weight: Tensor, names: list[str], ids: Tensor, rank: int) -> dict[str, Callable[..., Tensor]]:
     """peft's layer with one adapter, or with an adapter's name per token; and the former routed by lyra_ops."""
     from lyra_ops.integrations import apply_multi_lora
 
     if len(names) > 1:
-        layer, of_token = peft_layer(weight, names), [names[e] for e in ids.tolist()]
+        layer, of_token = peft_layer(weight, names, rank), [names[e] for e in ids.tolist()]
 
         def named(x: Tensor, *ab: Tensor) -> Tensor:
             put(layer, ab)
@@ -125,7 +136,7 @@ def peft_layers(weight: Tensor, names: list[str], ids: Tensor) -> dict[str, Call
 
         return {"peft (adapter_names)": named}
 
-    plain, other = peft_layer(weight, names), peft_layer(weight, names)
+    plain, other = peft_layer(weight, names, rank), peft_layer(weight, names, rank)
     routed = apply_multi_lora(nn.ModuleList([other])).route(ids.to(weight.device))
     routed.__enter__()  # one route for all runs, as for all layers and tokens of a generation
 
@@ -141,16 +152,16 @@ def peft_layers(weight: Tensor, names: list[str], ids: Tensor) -> dict[str, Call
     return found | ({"peft, compiled": torch.compile(alone)} if weight.device.type == "cuda" else {})
 
 
-def peft_layer(weight: Tensor, names: list[str]) -> nn.Module:
+def peft_layer(weight: Tensor, names: list[str], rank: int) -> nn.Module:
     from peft import LoraConfig
     from peft.tuners.lora import Linear
 
     base = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     base.weight = nn.Parameter(weight, requires_grad=False)
-    config = LoraConfig(r=RANK, lora_alpha=RANK * SCALING)
-    layer = Linear(base, names[0], config=config, r=RANK, lora_alpha=RANK * SCALING)
+    config = LoraConfig(r=rank, lora_alpha=rank * SCALING)
+    layer = Linear(base, names[0], config=config, r=rank, lora_alpha=rank * SCALING)
     for name in names[1:]:
-        layer.update_layer(name, RANK, RANK * SCALING, config=config)
+        layer.update_layer(name, rank, rank * SCALING, config=config)
     return layer.to(weight.device, weight.dtype).eval()  # as in training, since there is no dropout
 
 
