@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -336,6 +338,46 @@ def test_forward_and_backward_at_once_are_those_two(batch: int, band: int | str,
         torch.library.opcheck(torch.ops.lyra.soft_dtw_gradient, arguments, test_utils="test_faketensor")
     with pytest.raises(RuntimeError, match="store: got 0"):
         torch.ops.lyra.soft_dtw_gradient(*arguments[:-2], 0, True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "batch"),  # of 3, threads share the batch, of 1 the pair
+    [(kind, 1) for kind in ("plain", "wide", "float64", "hard", "dropping", "band", "windows")] + [("plain", 3)],
+)
+def test_long_pairs_whose_shares_are_made_twice_are_those_whose_shares_are_kept(kind: str, batch: int) -> None:
+    dtype, store = (torch.float64, 64) if kind == "float64" else (torch.float32, 16)
+    n, m = (2203, 2000) if kind == "float64" else (6301, 4100) if kind in ("band", "windows") else (4301, 4100)
+    lengths = torch.full((batch,), n - 1), torch.full((batch,), m - 2)
+    cost, drop, low, high = random(batch, n, m).to(dtype), None, None, None
+    cost[:, n // 2, m // 2] = 1e30 if kind == "wide" else math.inf
+    if kind == "dropping":
+        drop = random(batch, n, seed=1).abs().to(dtype)
+    if kind == "windows":
+        low = (torch.arange(n) * m // n - 2050).expand(batch, n).contiguous()
+        high = low + 4100
+    gamma, band = 0.0 if kind == "hard" else 0.3, 3000 if kind == "band" else -1
+    value, probs = torch.ops.lyra.soft_dtw_forward(cost, *lengths, gamma, None, band, low, high, drop, store)
+    assert probs.shape[1] > 2**26  # a long pair: csrc/soft_dtw/cpu/pair.h
+    rest = *lengths, n, m, band, low, high, drop is not None, gamma == 0, True
+    want = value, *torch.ops.lyra.soft_dtw_backward(torch.ones_like(value), value, probs, *rest)
+    got = torch.ops.lyra.soft_dtw_gradient(cost, *lengths, gamma, None, band, low, high, drop, store, True)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_long_pair_takes_little_more_memory_than_its_gradient() -> None:
+    n = 4200
+    code = f"""
+import resource, torch
+from lyra_ops.soft_dtw import soft_dtw_from_cost
+cost = torch.rand(2, {n}, {n})
+soft_dtw_from_cost(cost[:, :64, :64].requires_grad_()).sum().backward()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+soft_dtw_from_cost(cost[:1].requires_grad_()).sum().backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    peak = int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout) * 1024
+    assert peak - 4 * n * n < n * n  # the shares alone would take 4 n^2
 
 
 @pytest.mark.parametrize(("dtype", "store"), [(torch.float32, 16), (torch.float32, 8), (torch.float64, 64)])

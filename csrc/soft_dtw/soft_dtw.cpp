@@ -33,11 +33,7 @@
 #include <tuple>
 #include <vector>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
-#include "cpu/curvature.h"
+#include "cpu/pair.h"
 #include "lyra/check.h"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lyra, m) {
@@ -65,229 +61,13 @@ namespace {
 using namespace soft_dtw_cpu;
 using OptionalTensor = std::optional<Tensor>;
 
-// --- some stripes, for each kind of cell, compiled for several CPUs -------------------------------------------------
-//
-// More than one at a time, since it takes as long as thirty steps until all constants are in registers.
-
-#define LYRA_FORWARD(S, Cell)                                                                              \
-  LYRA_SIMD void forward_some(const Forward<S>& f, Cell& cell, const Plan& plan, int64_t from, int64_t to, \
-                              Cell::State* frontier, Progress* progress) {                                 \
-    f.pair.dropping ? forward_stripes<true>(f, cell, plan, from, to, frontier, progress)                   \
-                    : forward_stripes<false>(f, cell, plan, from, to, frontier, progress);                 \
-  }
-using Narrow = Soft<float, float>;
-using Wide = Soft<float, double>;
-using Double = Soft<double, double>;
-LYRA_FORWARD(float, Narrow)
-LYRA_FORWARD(float, Wide)
-LYRA_FORWARD(double, Double)
-LYRA_FORWARD(float, Hard<float>)
-LYRA_FORWARD(double, Hard<double>)
-#undef LYRA_FORWARD
-
-#define LYRA_BACKWARD(S)                                                                                           \
-  LYRA_SIMD void backward_some(const Backward<S>& f, const Plan& plan, int64_t from, int64_t to, Vec<S>* frontier, \
-                               const Vec<S>& origin, double* entropy, Progress* progress) {                        \
-    const auto run = [&]<bool kDropping, bool kEntropy>() __attribute__((always_inline)) {                         \
-      backward_stripes<kDropping, kEntropy>(f, plan, from, to, frontier, origin, entropy, progress);               \
-    };                                                                                                             \
-    if (f.pair.dropping) {                                                                                         \
-      f.with_entropy ? run.template operator()<true, true>() : run.template operator()<true, false>();             \
-    } else {                                                                                                       \
-      f.with_entropy ? run.template operator()<false, true>() : run.template operator()<false, false>();           \
-    }                                                                                                              \
-  }
-LYRA_BACKWARD(float)
-LYRA_BACKWARD(double)
-#undef LYRA_BACKWARD
-
-#define LYRA_CURVATURE(S)                                                                                      \
-  LYRA_SIMD void tangent(const Curvature<S>& f, const Stripe& s, Vec<double>* frontier, const uint8_t* from,   \
-                         Vec<S>* rates) {                                                                      \
-    f.out.pair.dropping ? tangent_stripe<true>(f, s, frontier, from, rates)                                    \
-                        : tangent_stripe<false>(f, s, frontier, from, rates);                                  \
-  }                                                                                                            \
-  LYRA_SIMD double curvature_some(const Curvature<S>& f, const Stripe& s, Flow* frontier, const uint8_t* from, \
-                                  const Vec<S>* rates, const Flow& sent) {                                     \
-    return f.out.pair.dropping ? curvature_stripe<true>(f, s, frontier, from, rates, sent)                     \
-                               : curvature_stripe<false>(f, s, frontier, from, rates, sent);                   \
-  }
-LYRA_CURVATURE(float)
-LYRA_CURVATURE(double)
-#undef LYRA_CURVATURE
-
-// --- one pair ------------------------------------------------------------------------------------------------------
-
-// Memory of one thread, which it uses again for each of its pairs, so that it stays in the cache.
-class Workspace {
- public:
-  Workspace() = default;
-  ~Workspace() { ::operator delete(data_, kLine); }
-  Workspace(const Workspace&) = delete;
-  Workspace& operator=(const Workspace&) = delete;
-  uint8_t* bytes(int64_t size) {
-    if (size > size_) {
-      ::operator delete(data_, kLine);
-      data_ = nullptr;
-      data_ = static_cast<uint8_t*>(::operator new(size, kLine));
-      size_ = size;
-    }
-    return data_;
-  }
-
- private:
-  static constexpr std::align_val_t kLine{64};
-  uint8_t* data_ = nullptr;
-  int64_t size_ = 0;
-};
-
-// Calls body(k, workspace) for k = 0 .. count - 1, each begun after the ones before it, in as many threads as there
-// are.
-template <typename Body>
-void in_parallel(int64_t count, const Body& body) {
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, count, 1, [&](int64_t, int64_t) {
-    Workspace workspace;
-    for (int64_t k; (k = next.fetch_add(1)) < count;) body(k, workspace);
-  });
-}
-
-// Makes entries `first` to `last` empty that the neighbouring stripe, written from `begin` to `end`, has not written.
-template <typename State>
-void clear_around(State* frontier, int64_t first, int64_t last, int64_t begin, int64_t end, const State& empty) {
-  for (int64_t k = first; k <= last; ++k) {
-    if (k < begin || k > end) frontier[k] = empty;
-  }
-}
-
-// Returns whether the cell type could serve the pair; together: all threads work on it.
-template <typename Cell, typename S>
-bool forward_by(const Forward<S>& f, const Plan& plan, bool together, S* value) {
-  const Cell prototype(f.gamma, f.pair);
-  if (!prototype.serves()) return false;
-  Buffer<typename Cell::State> buffer(plan.frontier, Cell::zero());
-  auto* frontier = buffer.data();
-  frontier[plan.stripes.front().above(-1)] = Cell::origin();
-  std::atomic<bool> flagged{false};
-  const auto run = [&](int64_t from, int64_t to, Progress* progress) {
-    Cell cell = prototype;
-    forward_some(f, cell, plan, from, to, frontier, progress);
-    for (int l = 0; l < kLanes; ++l) {
-      if (cell.flagged[l]) flagged = true;
-    }
-  };
-  if (f.pair.low != nullptr) {
-    for (int64_t s = 0; s < plan.count(); ++s) {
-      if (s > 0) {  // windows need not follow each other
-        const Stripe &now = plan.stripes[s], &before = plan.stripes[s - 1];
-        clear_around(frontier, now.above(now.first - 1), now.above(now.last), before.leaves(before.first),
-                     before.leaves(before.last), Cell::zero());
-      }
-      run(s, s + 1, nullptr);
-    }
-  } else if (together) {
-    Progress progress(plan.count());
-    in_parallel(plan.count(), [&](int64_t s, Workspace&) { run(s, s + 1, &progress); });
-  } else {
-    run(0, plan.count(), nullptr);
-  }
-  if (flagged && sizeof(typename Cell::Type) == 4) return false;
-  const Stripe& end = plan.stripes.back();
-  const auto& reached = frontier[end.leaves(end.step_of(f.pair.n - 1, f.pair.m - 1))];
-  *value =
-      flagged ? std::numeric_limits<S>::quiet_NaN() : static_cast<S>(prototype.value(reached, (f.pair.n - 1) % kLanes));
-  return true;
-}
-
-template <typename S>
-void forward_pair(const Forward<S>& f, const Plan& plan, bool together, S* value) {
-  if (f.gamma == 0) {
-    forward_by<Hard<S>>(f, plan, together, value);
-  } else if constexpr (sizeof(S) == 8) {
-    forward_by<Double>(f, plan, together, value);
-  } else if (!forward_by<Narrow>(f, plan, together, value)) {
-    forward_by<Wide>(f, plan, together, value);
-  }
-}
-
-// Returns the entropy of the paths, if asked for.
-template <typename S>
-double backward_pair(const Backward<S>& f, const Plan& plan, bool together) {
-  Buffer<Vec<S>> buffer(plan.frontier, Vec<S>{});
-  auto* frontier = buffer.data();
-  const Vec<S> origin = begin_backward(f.pair, plan, frontier, std::identity{});
-  std::vector<double> entropy(plan.count());
-  const auto run = [&](int64_t from, int64_t to, Progress* progress) {
-    backward_some(f, plan, from, to, frontier, origin, entropy.data(), progress);
-  };
-  if (f.pair.low != nullptr) {
-    for (int64_t s = plan.count() - 1; s >= 0; --s) {
-      if (s + 1 < plan.count()) {
-        const Stripe &now = plan.stripes[s], &after = plan.stripes[s + 1];
-        clear_around(frontier, now.below(now.first), now.below(now.last), after.sends(after.first - 1),
-                     after.sends(after.last), Vec<S>{});
-      }
-      run(s, s + 1, nullptr);
-    }
-  } else if (together) {
-    Progress progress(plan.count());
-    in_parallel(plan.count(), [&](int64_t k, Workspace&) {
-      const int64_t s = plan.count() - 1 - k;
-      run(s, s + 1, &progress);
-    });
-  } else {
-    run(0, plan.count(), nullptr);
-  }
-  return std::accumulate(entropy.begin(), entropy.end(), 0.0);
-}
-
-// Returns (slope, its derivative in gamma): see cpu/curvature.h.
-template <typename S>
-std::tuple<double, double> curvature_pair(const Curvature<S>& f, const Plan& plan) {
-  const Pair& pair = f.out.pair;
-  const int64_t bytes = record_bytes(f.out.store, pair.dropping), each = pair.dropping ? 3 : 2;
-  Buffer<Vec<S>> rates(plan.bytes / bytes * each, Vec<S>{});
-  double slope = 0, in_gamma = 0;
-  {
-    Buffer<Vec<double>> frontier(plan.frontier, Vec<double>{});  // what it holds of closed cells has no share
-    for (int64_t s = 0; s < plan.count(); ++s) {
-      tangent(f, plan.stripes[s], frontier.data(), f.out.records + plan.offset[s],
-              rates.data() + plan.offset[s] / bytes * each);
-    }
-    const Stripe& end = plan.stripes.back();
-    slope = frontier.data()[end.leaves(end.step_of(pair.n - 1, pair.m - 1))][(pair.n - 1) % kLanes];
-  }
-  Buffer<Flow> frontier(plan.frontier, Flow{});
-  const Flow origin = begin_backward(pair, plan, frontier.data(), &Flow::mass);
-  for (int64_t s = plan.count() - 1; s >= 0; --s) {
-    const Stripe& now = plan.stripes[s];
-    if (pair.low != nullptr && s + 1 < plan.count()) {
-      const Stripe& after = plan.stripes[s + 1];
-      clear_around(frontier.data(), now.below(now.first), now.below(now.last), after.sends(after.first - 1),
-                   after.sends(after.last), Flow{});
-    }
-    in_gamma -= curvature_some(f, now, frontier.data(), f.out.records + plan.offset[s],
-                               rates.data() + plan.offset[s] / bytes * each, s + 1 == plan.count() ? origin : Flow{});
-  }
-  return {slope, in_gamma};
-}
-
-// --- a batch ---------------------------------------------------------------------------------------------------------
-
 void check_float(const char* name, const Tensor& t) {
   check(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::Double, name, ": got dtype ",
         torch::headeronly::toString(t.scalar_type()), ", expected float32 or float64");
 }
 
-// Large pages for memory that is about to be written for the first time: fewer faults, which cost more than the
-// recursion does.
 void prefer_large_pages(const Tensor& t) {
-#ifdef __linux__
-  constexpr uintptr_t kPage = uintptr_t{1} << 21;
-  const auto begin = (reinterpret_cast<uintptr_t>(t.data_ptr()) + kPage - 1) / kPage * kPage;
-  const auto end = (reinterpret_cast<uintptr_t>(t.data_ptr()) + t.numel() * t.element_size()) / kPage * kPage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
+  soft_dtw_cpu::prefer_large_pages(t.data_ptr(), t.numel() * t.element_size());
 }
 
 // The arguments that say which cells there are, checked.
@@ -409,20 +189,17 @@ struct Given {
     return cost.stride(2) == 1 ? cost : torch::stable::contiguous(cost);
   }
 
-  // Writes the pair's value and, unless null, its records; NaN and no records where length or gamma is bad.
+  // Whether length and gamma are good; else value and gradients are NaN.
+  bool fits(int64_t b) const { return batch.fits(b) && !std::isnan(gamma_of(gamma, gammas, b)); }
   template <typename S>
-  void align(int64_t b, const Plan& plan, bool together, uint8_t* records, S* value) const {
-    *value = std::numeric_limits<S>::quiet_NaN();
-    const double own = gamma_of(gamma, gammas, b);
-    if (!batch.fits(b) || std::isnan(own)) return;
+  Forward<S> pair(int64_t b, uint8_t* records) const {
     const S* first = cost.const_data_ptr<S>();
-    forward_pair(Forward<S>{batch.pair(b),
-                            {first + b * cost.stride(0), cost.stride(1), first, end_of(cost, first)},
-                            drop ? drop->const_data_ptr<S>() + b * batch.rows : nullptr,
-                            records,
-                            store,
-                            own},
-                 plan, together, value);
+    return {batch.pair(b),
+            {first + b * cost.stride(0), cost.stride(1), first, end_of(cost, first)},
+            drop ? drop->const_data_ptr<S>() + b * batch.rows : nullptr,
+            records,
+            store,
+            gamma_of(gamma, gammas, b)};
   }
 };
 
@@ -438,7 +215,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor& cost, const Tensor& x_lengths, 
   const auto go = [&]<typename S>(S) {
     batch.for_pairs([&](int64_t b, bool together, Workspace&) {
       uint8_t* records = store == 0 ? nullptr : probs.mutable_data_ptr<uint8_t>() + b * probs.size(1);
-      given.align(b, batch.plan(b, store), together, records, value.mutable_data_ptr<S>() + b);
+      value.mutable_data_ptr<S>()[b] = given.fits(b)
+                                           ? forward_pair(given.pair<S>(b, records), batch.plan(b, store), together)
+                                           : std::numeric_limits<S>::quiet_NaN();
     });
   };
   cost.scalar_type() == ScalarType::Float ? go(float{}) : go(double{});
@@ -531,15 +310,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gradient(const Tensor& cost, const Te
   Tensor entropy = torch::stable::new_empty(cost, {with_entropy ? batch.size : 0});
   const auto go = [&]<typename S>(S) {
     batch.for_pairs([&](int64_t b, bool together, Workspace& workspace) {
-      const Plan plan = batch.plan(b, store);
-      uint8_t* const records = workspace.bytes(plan.bytes);
-      S* const own = value.mutable_data_ptr<S>() + b;
-      given.align(b, plan, together, records, own);
       const Backward<S> f{batch.pair(b), grad_cost.mutable_data_ptr<S>() + b * batch.rows * batch.columns,
                           batch.columns, batch.dropping ? grad_drop.mutable_data_ptr<S>() + b * batch.rows : nullptr,
-                          S(1),          records,
+                          S(1),          nullptr,
                           store,         with_entropy};
-      const double bits = fill_around(f, batch, b, *own) ? backward_pair(f, plan, together) : no_number(*own);
+      double bits = 0;
+      const auto wanted = [&](S found) {
+        value.mutable_data_ptr<S>()[b] = found;
+        const bool sweeps = fill_around(f, batch, b, found);
+        if (!sweeps) bits = no_number(found);
+        return sweeps;
+      };
+      if (given.fits(b)) {
+        gradient_pair(given.pair<S>(b, nullptr), f, batch.plan(b, store), together, workspace, wanted, &bits);
+      } else {
+        wanted(std::numeric_limits<S>::quiet_NaN());
+      }
       if (with_entropy) entropy.mutable_data_ptr<S>()[b] = static_cast<S>(bits);
     });
   };

@@ -19,6 +19,7 @@ struct Backward {
   const uint8_t* records;
   int store = 16;
   bool with_entropy = false;
+  int64_t skipped = 0;  // as in Forward
 };
 
 // Columns `column` to `column` + kLanes - 1 of row i, of those that there are. alone: no other thread writes to the
@@ -171,8 +172,8 @@ LYRA_INLINE void backward_stripes(const Backward<S>& f, const Plan& plan, int64_
                                   Vec<S> origin, double* entropy, Progress* progress) {
   for (int64_t s = to - 1; s >= from; --s) {
     const Vec<S> sent = s + 1 == plan.count() ? origin : Vec<S>{};
-    entropy[s] =
-        backward_stripe<kDropping, kEntropy>(f, plan.stripes[s], frontier, f.records + plan.offset[s], sent, progress);
+    const uint8_t* const records = f.records + (plan.offset[s] - f.skipped);
+    entropy[s] = backward_stripe<kDropping, kEntropy>(f, plan.stripes[s], frontier, records, sent, progress);
   }
 }
 

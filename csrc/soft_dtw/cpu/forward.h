@@ -52,6 +52,7 @@ struct Forward {
   uint8_t* records;         // null: none are kept
   int store = 0;
   double gamma = 1;
+  int64_t skipped = 0;  // bytes of records of stripes before those that `records` has room for
 };
 
 // Columns `column` to `column` + kLanes - 1 of a row, which begins at `row`; `outside` for those that are not inside.
@@ -179,7 +180,7 @@ LYRA_INLINE void forward_stripes(const Forward<S>& f, Cell& given, const Plan& p
   Cell cell = given;  // where no store to memory can change it
   const auto run = [&](int store_as) __attribute__((always_inline)) {
     for (int64_t s = from; s < to; ++s) {
-      uint8_t* records = store_as == 0 ? nullptr : f.records + plan.offset[s];
+      uint8_t* records = store_as == 0 ? nullptr : f.records + (plan.offset[s] - f.skipped);
       forward_stripe<kDropping>(f, cell, plan.stripes[s], frontier, records, store_as, progress);
     }
   };

@@ -53,6 +53,13 @@ struct Soft {
   // Whether the products of `weight` are safe from underflow and overflow.
   bool serves() const { return !kNarrow || (limit > 0 && -scale > 1e-25 && -scale < 1e25); }
 
+  struct Border {  // what the stripe below needs of a state
+    T mantissa;
+    Int exponent;
+  };
+  static Border border(const State& of) { return {of.mantissa[kLanes - 1], of.exponent[kLanes - 1]}; }
+  static State behind(Border of) { return {Vec<T>{} + of.mantissa, Vec<Int>{} + of.exponent}; }
+
   static LYRA_INLINE State zero() { return {Vec<T>{} + T(1), Vec<Int>{} + kZero}; }
   static State origin() { return {Vec<T>{} + T(1), Vec<Int>{}}; }
   static LYRA_INLINE State chosen(Vec<int32_t> where, const State& a, const State& b) {
@@ -170,6 +177,10 @@ struct Hard {
     Vec<double> sum;
   };
   Vec<int64_t> flagged = {};  // NaN or -inf
+
+  using Border = double;
+  static Border border(const State& of) { return of.sum[kLanes - 1]; }
+  static State behind(Border of) { return {Vec<double>{} + of}; }
 
   Hard(double, const Pair&) {}
   bool serves() const { return true; }

@@ -148,6 +148,7 @@ struct Plan {
     }
   }
   int64_t count() const { return static_cast<int64_t>(stripes.size()); }
+  int64_t offset_of(int64_t s) const { return s < count() ? offset[s] : bytes; }
 };
 
 }  // namespace lyra::soft_dtw_cpu
