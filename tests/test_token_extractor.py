@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -589,6 +591,46 @@ def test_a_failing_layer_leaves_the_attention_registry_clean():
     with pytest.raises(ZeroDivisionError):
         run(model, extractor, sample("llama", 8, 5, seed=0))
     assert not transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS._local_mapping
+
+
+def test_one_model_in_two_threads_is_refused():
+    model, inputs = tiny("llama"), sample("llama", 12, 9, seed=3)
+    extractor = apply_token_extractor(model, keep={1: 0.5}, min_keep=0)
+    want = run(model, extractor, inputs).logits
+    with ThreadPoolExecutor(1) as pool, extractor.modality(modality_of(inputs)), torch.no_grad():
+
+        def call_meanwhile(*_):
+            with pytest.raises(RuntimeError, match="^model: runs in another thread"):
+                pool.submit(lambda: model(**inputs)).result()
+
+        model.model.layers[2].register_forward_pre_hook(call_meanwhile)
+        assert torch.equal(model(**inputs).logits, want)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_models_in_threads_leave_each_other_alone(attention):
+    """The registry is one for all. The second enters its layer while the first is in its own, and leaves later."""
+    first, second = (tiny(family, attention) for family in ("llama", "qwen2"))
+    inputs = {m: sample(f, 12, 9, seed=3) for m, f in ((first, "llama"), (second, "qwen2"))}
+    extractors = {m: apply_token_extractor(m, keep={1: 0.5}, min_keep=0) for m in inputs}
+    want = {m: run(m, extractors[m], inputs[m]).logits for m in inputs}
+    inside, done = threading.Event(), threading.Event()
+
+    def wait_for_the_second(*_):
+        inside.wait(10)
+
+    def let_the_first_leave(*_):
+        inside.set()
+        done.wait(10)
+
+    first.model.layers[1].self_attn.register_forward_pre_hook(wait_for_the_second)
+    first.model.layers[1].register_forward_hook(lambda *_: done.set())
+    second.model.layers[1].self_attn.register_forward_pre_hook(let_the_first_leave)
+    with ThreadPoolExecutor(2) as pool:
+        got = [pool.submit(run, m, extractors[m], inputs[m]) for m in inputs]
+        for m, out in zip(inputs, got):
+            assert torch.equal(out.result().logits, want[m])
+    assert not ALL_ATTENTION_FUNCTIONS._local_mapping
 
 
 def test_a_renamed_copy_is_recognised(family, tmp_path):

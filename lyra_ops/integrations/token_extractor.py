@@ -11,7 +11,7 @@ At the end of every block but the last, each sample keeps the modality tokens th
 from __future__ import annotations
 
 import inspect
-import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_utils import PreTrainedModel
 
 from lyra_ops._checks import FLOAT_DTYPES, INT_DTYPES, check_tensor
+from lyra_ops.integrations._attention import watch
 from lyra_ops.integrations._decoder import Share, check_attention, check_cache, check_early, drop_schedule, find_decoder
 from lyra_ops.token_select import TokenSelection, gather_tokens, policies, select_tokens, token_scores
 from lyra_ops.token_select.selection import check_count
@@ -133,13 +134,13 @@ class TokenExtractor:
         self.min_keep, self.score, self.early, self.seed = min_keep, score, early, seed
         self.modality_token_ids = _token_ids(model.config, modality_token_ids)
         self._given: tuple[Tensor | None, ...] = (None, None, None)
-        self._entered: nn.Module | None = None  # by which part of the model the call that runs came in
+        self._entered: tuple[nn.Module, int] | None = None  # by which part, in which thread the call that runs came in
         self._inputs: dict[str, object] = {}
         self._prompt: _Prompt | None = None
         self._prompts: weakref.WeakKeyDictionary[Cache, _Prompt] = weakref.WeakKeyDictionary()
         self._decoding = False
         self._drop = _Drop()  # of the layer that runs
-        self._restore_attention: Callable[[], None] | None = None
+        self._end_watch: Callable[[], None] | None = None
 
         _PATCHED.add(self.text_model)
         # Not all calls enter by the outermost: generate of a peft model calls the one inside.
@@ -219,10 +220,12 @@ class TokenExtractor:
 
         def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
             if self._entered is None:
-                self._entered, self._inputs = module, _named(module, args, kwargs)
+                self._entered, self._inputs = (module, threading.get_ident()), _named(module, args, kwargs)
+            elif self._entered[1] != threading.get_ident():
+                raise RuntimeError("model: runs in another thread; one that drops tokens serves one call at a time")
 
         def leave(module: nn.Module, *_: object) -> None:
-            if self._entered is module:
+            if self._entered == (module, threading.get_ident()):
                 self._entered, self._inputs = None, {}
 
         return [
@@ -345,6 +348,9 @@ class TokenExtractor:
         return hook
 
     def _before_drop(self, i: int, layer: nn.Module):
+        def look(query: Tensor, key: Tensor, scale: float | None) -> None:
+            self._decide(i, self._scores(query.detach(), key.detach(), scale))
+
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
             if self._prompt is None or self._decoding:
                 return None
@@ -352,36 +358,16 @@ class TokenExtractor:
             if self.score in ("random", "uniform"):
                 self._decide(i, self._blind_scores(i))
             else:
-                self._watch(i, layer.self_attn)
+                name = self.text_model.config._attn_implementation
+                self._end_watch = watch(layer.self_attn, name, look)
             return (args, kwargs | {_DROP: self._drop}) if self.early else None
 
         return hook
 
-    def _watch(self, i: int, watched: nn.Module) -> None:
-        """Lends the attention registry a function that scores queries and keys, for this layer's forward alone."""
-        name = self.text_model.config._attn_implementation
-        own = ALL_ATTENTION_FUNCTIONS._local_mapping.get(name)
-        eager = getattr(sys.modules[type(watched).__module__], "eager_attention_forward", None)
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
-
-        def scoring(module: nn.Module, query: Tensor, key: Tensor, *args, **kwargs):
-            if module is watched:
-                self._decide(i, self._scores(query.detach(), key.detach(), kwargs.get("scaling")))
-            return attention(module, query, key, *args, **kwargs)
-
-        def restore() -> None:
-            if own is None:
-                del ALL_ATTENTION_FUNCTIONS[name]
-            else:
-                ALL_ATTENTION_FUNCTIONS[name] = own
-
-        ALL_ATTENTION_FUNCTIONS[name] = scoring
-        self._restore_attention = restore
-
     def _release(self, *_: object) -> None:
-        if self._restore_attention is not None:
-            self._restore_attention()
-            self._restore_attention = None
+        if self._end_watch is not None:
+            self._end_watch()
+            self._end_watch = None
         self._drop = _Drop()
 
     def _after_drop(self, i: int):
