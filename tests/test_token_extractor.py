@@ -344,6 +344,15 @@ def test_generating_is_recomputing(family):
     assert_within_reference_error(got, want.float(), want)
 
 
+def test_a_compiled_model_drops_what_it_drops_uncompiled():
+    """With breaks in its graph, where numbers of tokens are read back."""
+    model = tiny("llama")
+    extractor = apply_token_extractor(model, keep={1: 0.5}, min_keep=0)
+    compiled = torch.compile(model, backend="eager")
+    inputs = three("llama", "left")
+    assert torch.equal(run(compiled, extractor, inputs).logits, run(model, extractor, inputs).logits)
+
+
 def test_beams_generate(family):
     model = tiny(family)
     extractor = apply_token_extractor(model, blocks=3, keep=0.5, min_keep=0)

@@ -524,6 +524,30 @@ def test_compiles_as_a_whole():
         assert torch.equal(*grads)
 
 
+@pytest.mark.parametrize("wanted", [(), (0,), (0, 2)])
+def test_any_number_of_tensors_compiles(wanted: tuple[int, ...]):
+    """In inference, too: torch.compile takes the arguments of an autograd.Function amiss if nothing requires grad."""
+    query, key, candidates = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 12, 8), torch.rand(2, 12) < 0.7
+
+    def extract(*tensors: Tensor) -> tuple[Tensor, ...]:
+        selection, moved = lyra_ops.extract_tokens(query, key, candidates, *tensors, keep=4, capacity=12)
+        return (*moved, *gather_tokens(selection, *tensors))
+
+    tensors = [torch.randn(2, 12, 3), torch.rand(2, 12) < 0.5, torch.randn(2, 12)]
+    for i in wanted:
+        tensors[i].requires_grad_()
+    for count in (1, 2, 3):
+        plain, got = (f(*tensors[:count]) for f in (extract, torch.compile(extract, fullgraph=True)))
+        assert all(map(torch.equal, got, plain))
+        assert [t.requires_grad for t in got] == [t.requires_grad for t in plain]
+        inputs = [tensors[i] for i in wanted if i < count]
+        if inputs:
+            grads = (
+                torch.autograd.grad([(t * t).sum() for t in out if t.requires_grad], inputs) for out in (got, plain)
+            )
+            assert all(map(torch.equal, *grads))
+
+
 @pytest.mark.gpu
 def test_no_sync_and_capturable_on_a_gpu():
     query, key = torch.randn(2, 4, 3, 8, device="cuda"), torch.randn(2, 2, 40, 8, device="cuda")

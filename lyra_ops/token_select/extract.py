@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lyra_ops._backend import register_fake
 from lyra_ops._checks import check_option
-from lyra_ops.token_select.gather import checked_tensors, gather_tokens, moved_back, without_grad
+from lyra_ops.token_select.gather import apply, checked_tensors, gather_tokens, moved_back, without_grad
 from lyra_ops.token_select.scores import packed_arguments, padded_arguments, run
 from lyra_ops.token_select.selection import (
     LAYOUTS,
@@ -128,7 +128,8 @@ def _extract(
         candidates, bias, segments = (t if t is None else t[None] for t in (candidates, bias, segments))
         tensors = [tensor.unsqueeze(int(p)) for tensor, p in zip(tensors, planes)]
     *options, _, cu_seqlens_q, _ = scoring[2:]  # not per head
-    index, lengths, inverse, *moved = _Extract.apply(
+    index, lengths, inverse, *moved = apply(
+        _Extract,
         query,
         key,
         candidates,

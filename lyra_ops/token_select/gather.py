@@ -53,7 +53,7 @@ def gather_tokens(
         tensors = [tensor.unsqueeze(int(p)) for tensor, p in zip(tensors, planes)]
     packed_out = index.ndim == 1
     index = index[None] if packed_out else index
-    results = _Gather.apply(index, inverse, planes, fills, packed_out and not packed_in, chosen, *tensors)
+    results = apply(_Gather, index, inverse, planes, fills, packed_out and not packed_in, chosen, *tensors)
     return tuple(result.squeeze(int(p)) for result, p in zip(results, planes)) if packed_out else results
 
 
@@ -73,6 +73,13 @@ def checked_tensors(
     for i, (tensor, value) in enumerate(zip(tensors, fills)):
         _check_fill(i, value, tensor.dtype)
     return planes, fills
+
+
+def apply(function: type[torch.autograd.Function], *arguments: object) -> tuple[Tensor, ...]:
+    """``function.apply``; without autograd where it has nothing to do, since torch.compile then hands ``forward`` a
+    context that it does not take, if it takes any number of arguments."""
+    wanted = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
+    return (function.apply if wanted else function.forward)(*arguments)
 
 
 class _Gather(torch.autograd.Function):
@@ -113,7 +120,7 @@ def moved_back(ctx, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     results: list[Tensor | None] = [None] * len(grads)
     if given:
         fills, wanted = [0] * len(given), [grads[i] for i in given]
-        moved = _Gather.apply(inverse, index, planes, fills, ctx.flat, ctx.backend, *wanted)
+        moved = apply(_Gather, inverse, index, planes, fills, ctx.flat, ctx.backend, *wanted)
         for i, result in zip(given, moved):
             results[i] = result
     return results
