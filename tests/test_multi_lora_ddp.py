@@ -1,15 +1,19 @@
-"""Data-parallel training over gloo in which one process sees no token of an adapter."""
+"""Data-parallel training over gloo (DDP, FSDP2) in which one process sees no token of an adapter."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lyra_ops import LoraRouting, integrations
@@ -67,30 +71,43 @@ def inputs() -> Tensor:
     return torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
-def process(rank: int, folder: str, kind: type[nn.Module]) -> None:
+def sharded(model: nn.Module) -> nn.Module:
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in model.modules():
+        if hasattr(layer, "lora_A"):
+            fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def process(rank: int, folder: str, kind: type[nn.Module], parallel: Callable[[nn.Module], nn.Module]) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    model = DistributedDataParallel(kind())
+    model = parallel(kind())
     for _ in range(2):  # the second step hangs or fails if the first left a gradient out
         model.zero_grad()
         model(inputs()[rank], IDS[rank]).square().sum().backward()
-    torch.save([p.grad for p in model.parameters() if p.requires_grad], f"{folder}/{rank}.pt")
+    grads = [p.grad for p in model.parameters() if p.requires_grad]
+    torch.save([g.full_tensor() if isinstance(g, DTensor) else g for g in grads], f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="torch without gloo")
-@pytest.mark.parametrize("kind", [Own, Peft])
-def test_an_adapter_that_one_process_does_not_see(tmp_path: Path, kind: type[nn.Module]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "parallel"), [(Own, DistributedDataParallel), (Peft, DistributedDataParallel), (Peft, sharded)]
+)
+def test_an_adapter_that_one_process_does_not_see(
+    tmp_path: Path, kind: type[nn.Module], parallel: Callable[[nn.Module], nn.Module]
+) -> None:
     if kind is Peft:
         pytest.importorskip("peft")
         pytest.importorskip("transformers")
     tests, path = str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")
     os.environ["PYTHONPATH"] = os.pathsep.join([tests, *sys.path, path])  # for the processes that are spawned
     try:
-        torch.multiprocessing.spawn(process, args=(str(tmp_path), kind), nprocs=2)
+        torch.multiprocessing.spawn(process, args=(str(tmp_path), kind, parallel), nprocs=2)
     finally:
         os.environ["PYTHONPATH"] = path
     model = kind()
-    loss = sum(model(x, ids).square().sum() for x, ids in zip(inputs(), IDS)) / 2  # DDP takes the mean
+    loss = sum(model(x, ids).square().sum() for x, ids in zip(inputs(), IDS)) / 2  # both take the mean
     loss.backward()
     want = [p.grad for p in model.parameters() if p.requires_grad]
     for rank in range(2):
