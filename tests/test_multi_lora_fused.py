@@ -155,6 +155,17 @@ def test_adapters_without_tokens_get_zeros(tokens: int):
     assert all(torch.equal(t.grad, torch.zeros_like(t)) for t in weights)
 
 
+def test_adapters_of_unequal_dtypes():
+    x, weight, _, adapters, ids = layer((4, 8), 200, dtype=torch.bfloat16)
+    (a, b, s), (c, d, t) = adapters.values()
+    narrow = {"a": (a, b, s), "c": (c, d, t)}
+    mixed = {"a": (a.float(), b.float(), s), "c": (c, d, t)}
+    assert torch.equal(run(x, weight, None, mixed, ids), run(x, weight, None, narrow, ids))
+    leaves(x, weight, weight, mixed)
+    run(x, weight, None, mixed, ids).sum().backward()
+    assert all(t.grad.dtype == t.dtype for pair in mixed.values() for t in pair[:2])
+
+
 def test_a_base_with_its_own_forward():
     x, weight, bias, adapters, ids = layer((4, 8), 30, dtype=torch.float32)
     inputs, bank = leaves(x, weight, bias, adapters), LoraBank.pack(adapters)

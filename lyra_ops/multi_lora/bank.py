@@ -61,8 +61,8 @@ class LoraBank:
     def pack(cls, adapters: Mapping[str, tuple[Tensor, Tensor, float]]) -> LoraBank:
         """Of {name: (A, B, scaling)} with A (r, K) and B (N, r), as peft keeps lora_A.weight and lora_B.weight.
 
-        Ranks r may differ, 1 to 512; scaling is a number (alpha / r, or alpha / sqrt(r) for rslora). All adapters share
-        K, N, the floating dtype and the device; they may be strided views.
+        Ranks r may differ, 1 to 512, and so may the floating dtype, of adapters, not of A and B; scaling is a number
+        (alpha / r, or alpha / sqrt(r) for rslora). All adapters share K, N and the device; they may be strided views.
 
         Raises TypeError or ValueError that names the adapter.
         """
@@ -90,17 +90,20 @@ class LoraBank:
         "reference" (hence not under torch.compile on a CPU), and not of gradients that are differentiated themselves.
         """
         if not self.sums:
-            like = self.adapters[0][0]
-            wide = torch.promote_types(like.dtype, torch.float32)
-            total, outputs = sum(self.ranks), self.adapters[0][1].shape[0]
-            self.sums.append(Sums(*(like.new_zeros(total, size, dtype=wide) for size in (like.shape[1], outputs))))
+            (a, b), total = self.adapters[0], sum(self.ranks)
+            self.sums.append(Sums(*(a.new_zeros(total, size, dtype=self.wide) for size in (a.shape[1], b.shape[0]))))
         views = zip(*(rows.split(self.ranks) for rows in self.sums[0]))
         return {name: (a, b.T) for name, (a, b) in zip(self.names, views)}
 
     @property
-    def gradient_dtype(self) -> torch.dtype:
-        """In which backward gives the gradients of A and B: their own, or that of the sums."""
-        return self.sums[0].a.dtype if self.sums else self.adapters[0][0].dtype
+    def wide(self) -> torch.dtype:
+        """float32, or float64 where an adapter is of that."""
+        return torch.float64 if any(a.dtype == torch.float64 for a, _ in self.adapters) else torch.float32
+
+    @property
+    def gradient_dtypes(self) -> list[torch.dtype]:
+        """In which backward gives the gradients of each adapter: its own, or that of the sums."""
+        return [self.sums[0].a.dtype if self.sums else a.dtype for a, _ in self.adapters]
 
     def rows(self, dtype: torch.dtype) -> Rows:
         """All adapters row after row, in ``dtype``: a differentiable copy, kept as `keep` says; no device sync."""
@@ -112,10 +115,9 @@ class LoraBank:
 
     def _rows(self, dtype: torch.dtype) -> Rows:
         a = [a for a, _ in self.adapters]
-        wide = torch.promote_types(a[0].dtype, torch.float32)
         # Filled on the device: a table copied from the host would make the host wait at every step of a training.
         owner = [a[0].new_full((rank,), e, dtype=torch.int32) for e, rank in enumerate(self.ranks)]
-        scaling = [a[0].new_full((rank,), s, dtype=wide) for rank, s in zip(self.ranks, self.scalings)]
+        scaling = [a[0].new_full((rank,), s, dtype=self.wide) for rank, s in zip(self.ranks, self.scalings)]
         b = torch.cat([b.T for _, b in self.adapters])
         return Rows(torch.cat(a).to(dtype), b.to(dtype), torch.cat(owner), torch.cat(scaling))
 
@@ -191,7 +193,7 @@ def _check_adapter(name: object, adapter: object, like: tuple[Tensor, Tensor] | 
     if not 1 <= rank <= MAX_RANK:
         raise ValueError(f"A {of}: got rank {rank}, expected 1 to {MAX_RANK}")
     check_tensor(f"B {of}", b, shape=("N", rank), dtypes=(a.dtype,), device=a.device)
-    check_tensor(f"A {of}", a, shape=("r", like_a.shape[1]), dtypes=(like_a.dtype,), device=like_a.device)
+    check_tensor(f"A {of}", a, shape=("r", like_a.shape[1]), device=like_a.device)
     check_tensor(f"B {of}", b, shape=(like_b.shape[0], rank))
     if isinstance(scaling, bool) or not isinstance(scaling, Real):
         raise TypeError(f"scaling {of}: got {type(scaling).__name__}, expected a number")

@@ -180,11 +180,11 @@ def gradients(dys, dx, x, banks, blocks, weights, seed, drop, kept, wanted: Grad
     if into is not dx:
         dx += drop_out(into, seed, drop)
     for j, bank in enumerate(banks):
-        for e, (a, b) in enumerate(bank.adapters):
+        for e, ((a, b), dtype) in enumerate(zip(bank.adapters, bank.gradient_dtypes)):
             for found, want, like in ((of_a, wanted.a, a), (of_b, wanted.b, b)):
                 if want[j][e]:  # zeros, not None, for adapters without tokens
                     missing = found[j][e] is None
-                    found[j][e] = torch.zeros_like(like) if missing else in_dtype(found[j][e], bank.gradient_dtype)
+                    found[j][e] = torch.zeros_like(like) if missing else in_dtype(found[j][e], dtype)
     return Gradients(of_a, of_b, of_weights)
 
 

@@ -47,7 +47,7 @@ def linear(
 
 def _scaled(weight: Tensor, bank: LoraBank, magnitudes: Sequence[Tensor | None]) -> tuple[LoraBank, Tensor]:
     """The bank with c B for B, and the rows c - 1 (E, N)."""
-    wide = torch.promote_types(torch.promote_types(weight.dtype, bank.adapters[0][0].dtype), torch.float32)
+    wide = torch.promote_types(weight.dtype, bank.wide)
     adapters, gains = [], []
     for (a, b), scaling, magnitude in zip(bank.adapters, bank.scalings, magnitudes):
         if magnitude is None:

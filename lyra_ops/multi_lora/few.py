@@ -54,8 +54,8 @@ def gradients(dys, dx, x, banks, ids, weights, seed, drop, kept, wanted: Gradien
         found_a, found_b, found_weights = torch.ops.lyra.multi_lora_few_gradients_(
             into, dy, x, kept[j], *_adapters(bank, dy.dtype, drop), ids, weights, any(wanted.a[j]), any(wanted.b[j])
         )
-        of_a.append(_in_dtype(found_a, wanted.a[j], bank.gradient_dtype))
-        of_b.append(_in_dtype(found_b, wanted.b[j], bank.gradient_dtype))
+        of_a.append(_in_dtypes(found_a, wanted.a[j], bank.gradient_dtypes))
+        of_b.append(_in_dtypes(found_b, wanted.b[j], bank.gradient_dtypes))
         if of_weights is not None:
             of_weights += found_weights
     if into is not dx:
@@ -68,10 +68,10 @@ def _adapters(bank, dtype: torch.dtype, drop: int) -> tuple[list[Tensor], list[T
     return a, b, [scaling * dropout.scale(drop) for scaling in bank.scalings]
 
 
-def _in_dtype(found: list[Tensor], wanted: list[bool], dtype: torch.dtype) -> list[Tensor | None]:
+def _in_dtypes(found: list[Tensor], wanted: list[bool], dtypes: list[torch.dtype]) -> list[Tensor | None]:
     if not any(wanted):
         return [None] * len(wanted)
-    return [cpu.in_dtype(g, dtype) if want else None for g, want in zip(found, wanted)]
+    return [cpu.in_dtype(g, dtype) if want else None for g, want, dtype in zip(found, wanted, dtypes)]
 
 
 def _rows(x: Tensor) -> Tensor:

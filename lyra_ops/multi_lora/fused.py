@@ -121,8 +121,8 @@ class Engine:
                 of_b.append([None] * len(bank.names))
             elif any(wanted.b[j]):
                 grad = kernels.outer(h, dy, group.of_b[j], scaling, weights, *lists, None, 0, len(b))
-                parts = zip(grad.split(bank.ranks), wanted.b[j])
-                of_b.append([part.T.to(bank.gradient_dtype) if want else None for part, want in parts])
+                parts = zip(grad.split(bank.ranks), wanted.b[j], bank.gradient_dtypes)
+                of_b.append([part.T.to(dtype) if want else None for part, want, dtype in parts])
             else:
                 of_b.append([None] * len(bank.names))
         factor, of_weights, differ = None, None, any(bank.scalings != banks[0].scalings for bank in banks)
@@ -147,7 +147,7 @@ class Engine:
             for e in range(len(banks[0].names)):
                 for j, bank in enumerate(banks):
                     part = next(parts)
-                    of_a[j][e] = part.to(bank.gradient_dtype) if wanted.a[j][e] else None
+                    of_a[j][e] = part.to(bank.gradient_dtypes[e]) if wanted.a[j][e] else None
         return Gradients(of_a, of_b, of_weights)
 
 
