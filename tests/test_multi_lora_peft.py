@@ -15,6 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import lyra_ops
 from lyra_ops.integrations import apply_multi_lora, is_routed, modality_adapters
 from lyra_ops.integrations import multi_lora as integration
+from lyra_ops.testing import assert_within_reference_error
 
 accelerate = pytest.importorskip("accelerate")
 peft = pytest.importorskip("peft")
@@ -509,6 +510,45 @@ def test_the_layer_of_peft_around_a_quantised_linear() -> None:
         torch.testing.assert_close(layer(x), want)
     routed.remove()
     assert type(layer) is GPTQLoraLinear
+
+
+def quantised(kind: str) -> nn.Module:
+    """A model of one such layer."""
+    linear = nn.Linear(64, 96, bias=False, dtype=torch.bfloat16)
+    model = nn.ModuleDict({"q_proj": linear})
+    if kind == "torchao":
+        quantization = pytest.importorskip("torchao.quantization")
+        quantization.quantize_(model, quantization.Int8WeightOnlyConfig(version=2))
+        return model
+    bnb, weight = pytest.importorskip("bitsandbytes").nn, linear.weight.data.clone()
+    if kind == "bitsandbytes, 4 bits":
+        model["q_proj"] = bnb.Linear4bit(64, 96, bias=False, compute_dtype=torch.bfloat16)
+        model["q_proj"].weight = bnb.Params4bit(weight, requires_grad=False)
+    else:
+        model["q_proj"] = bnb.Linear8bitLt(64, 96, bias=False, has_fp16_weights=False)
+        model["q_proj"].weight = bnb.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+    model.is_loaded_in_4bit, model.is_loaded_in_8bit = "4" in kind, "8" in kind
+    return model.to("cpu")  # this is when they quantise
+
+
+@pytest.mark.parametrize("kind", ["torchao", "bitsandbytes, 4 bits", "bitsandbytes, 8 bits"])
+def test_packages_that_quantise(kind: str) -> None:
+    """Where they are installed."""
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(quantised(kind), config, adapter_name="image")
+    model.add_adapter("speech", peft.LoraConfig(r=8, target_modules=["q_proj"], init_lora_weights=False))
+    layer, x = model.base_model.model["q_proj"], torch.randn(3, 7, 64, dtype=torch.bfloat16, requires_grad=True)
+    plain, exact = layer.base_layer(x).detach(), layer.base_layer(x).detach().double()
+    for b, name in enumerate(["image", "speech"]):
+        model.set_adapter(name)
+        plain[b] = layer(x)[b]
+        delta = layer.lora_B[name].weight.double() @ layer.lora_A[name].weight.double() * layer.scaling[name]
+        exact[b] += x[b].double() @ delta.T
+    weights = [p.requires_grad_() for name, p in model.named_parameters() if "lora_" in name]
+    with apply_multi_lora(model).route(["image", "speech", None]):
+        got = layer(x)
+    assert_within_reference_error(got, plain, exact)
+    assert all(g.any() for g in torch.autograd.grad(got.sum(), [x, *weights]))
 
 
 def test_says_whether_it_is_routed() -> None:
