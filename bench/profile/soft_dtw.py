@@ -9,6 +9,7 @@ import argparse
 import json
 import statistics
 import sys
+from collections.abc import Callable
 from datetime import datetime, timezone
 
 import torch
@@ -25,7 +26,7 @@ SHAPES = (((150, 300), (20, 64)), ((300, 300), (64, 64)), ((1500, 1500), (200, 2
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.profile.soft_dtw", description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default %(default)s")
-    parser.add_argument("--repeats", type=int, default=5, help="default %(default)s")
+    parser.add_argument("--seconds", type=float, default=5, help="for each, or three calls; default %(default)s")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rows = []
@@ -35,7 +36,7 @@ def main() -> None:
             inputs = workload.inputs()
             for direction in (FORWARD, BOTH):
                 run = call(workload.implementations["lyra (cpu)"], inputs, direction)
-                seconds, share = outside_products(run, options.repeats)
+                seconds, share = outside_products(run, options.seconds)
                 rows.append({"workload": workload.name, "direction": direction, "seconds": seconds, "outside": share})
                 print(
                     f"{workload.name}, {direction}: {seconds * 1e3:.1f} ms, {share:.0%} outside the products",
@@ -57,11 +58,11 @@ def main() -> None:
     print(f"written to {path}")
 
 
-def outside_products(run, repeats: int) -> tuple[float, float]:
+def outside_products(run: Callable[[], object], seconds: float) -> tuple[float, float]:
     """Seconds of a call, and the share of them that its matrix products do not take."""
     run()
     found = []
-    for _ in range(repeats):
+    while len(found) < 3 or sum(whole for whole, _ in found) < seconds:
         with profile(activities=[ProfilerActivity.CPU]) as told, record_function("call"):
             run()
         events = told.key_averages()
