@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import asdict
@@ -129,7 +130,7 @@ def record(op: str, args: argparse.Namespace, ceilings: dict[str, float], result
         if args.device == "cuda"
         else None,
         "commit": commit(),
-        "command": "python -m bench " + " ".join(sys.argv[1:]),
+        "command": "python -m bench " + shlex.join(sys.argv[1:]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "load": os.getloadavg()[0],  # of the machine when this was written: well above `threads` means it was not alone
         "ceilings": ceilings,
