@@ -637,6 +637,12 @@ def test_raw_ops_for_few_tokens_keep_their_schema():
         torch.ops.lyra.multi_lora_few_gradients_(dx, y, x, h[:3], *given, None, True, True)
 
 
+@pytest.mark.parametrize("x", [torch.rand(9, 24), torch.rand(24, 9).T, torch.rand(0, 24).bfloat16()])
+def test_the_raw_op_of_dropout_keeps_its_schema(x: Tensor):
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.lyra.multi_lora_dropout, (x, torch.tensor([3]), 9000), test_utils=tests)
+
+
 def test_gradient_checkpointing_keeps_the_routing(backend: str):
     x, weight, bias, adapters, ids = layer((4, 8, 2), 30)
     inputs = leaves(x, weight, bias, adapters)

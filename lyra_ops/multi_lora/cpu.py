@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lyra_ops._backend import missing_kernel
+from lyra_ops._backend import missing_kernel, register_fake
 from lyra_ops.multi_lora import dropout, function
 from lyra_ops.multi_lora.bank import LoraBank
 from lyra_ops.multi_lora.function import Gradients
@@ -198,6 +198,11 @@ def drop_out(x: Tensor, seed: Tensor | None, drop: int) -> Tensor:
     if seed is None or missing_kernel("multi_lora_dropout", "cpu"):
         return dropout.drop_out(x, seed, drop)
     return torch.ops.lyra.multi_lora_dropout(x, seed, drop)
+
+
+@register_fake("multi_lora_dropout")
+def _dropout_fake(x: Tensor, seed: Tensor, drop: int) -> Tensor:
+    return x.new_empty(x.shape)
 
 
 def scaled_product(scaling: float, left: Tensor, right: Tensor) -> Tensor:
