@@ -621,6 +621,14 @@ def test_modality_adapters_names_what_is_missing() -> None:
         modality_adapters({"image": torch.tensor([True, False])}, {frozenset({"image"}): "image"})
     with pytest.raises(ValueError, match="present: got batch sizes {'image': 1, 'speech': 2}"):
         modality_adapters({"image": torch.tensor([True]), "speech": torch.tensor([True, False])}, {})
+    with pytest.raises(TypeError, match=r"present\['image'\]: got list, expected a torch.Tensor"):
+        modality_adapters({"image": [True]}, {})
+    with pytest.raises(TypeError, match=r"present\['image'\]: got dtype int64, expected bool"):
+        modality_adapters({"image": IDS}, {})
+    with pytest.raises(ValueError, match=r"present\['image'\]: got shape \(1, 4, 7\), expected \(B,\) or \(B, L\)"):
+        modality_adapters({"image": IDS.bool()[None]}, {})
+    with pytest.raises(TypeError, match="adapters: got the key 'image', expected a frozenset of modalities"):
+        modality_adapters({"image": torch.tensor([True])}, {"image": "image"})
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lyra_ops._checks import readable
+from lyra_ops._checks import check_tensor, readable
 from lyra_ops.multi_lora import LoraBank, LoraRouting, add_adapters, check_ids, dora, run_checked
 from lyra_ops.multi_lora.function import Base
 
@@ -462,11 +462,19 @@ def modality_adapters(present: Mapping[str, Tensor], adapters: Mapping[frozenset
         adapters: name of the adapter (None: the base model) by combination.
 
     Returns a name per sample, for `RoutedLora.route`. Raises ValueError for a combination without an adapter and for
-    modalities of different batch sizes.
+    modalities of different batch sizes; TypeError for what is no mask and for keys that are no frozenset.
 
     Source: Lyra (arXiv 2412.09501), section 3.2.
     """
-    found = {name: mask.reshape(len(mask), -1).any(dim=1).tolist() for name, mask in present.items()}
+    for key in adapters:
+        if not isinstance(key, frozenset):
+            raise TypeError(f"adapters: got the key {key!r:.80}, expected a frozenset of modalities")
+    found = {}
+    for name, mask in present.items():
+        check_tensor(f"present[{name!r}]", mask, dtypes=(torch.bool,))
+        if mask.ndim not in (1, 2):
+            raise ValueError(f"present[{name!r}]: got shape {tuple(mask.shape)}, expected (B,) or (B, L)")
+        found[name] = (mask if mask.ndim == 1 else mask.any(dim=1)).tolist()
     sizes = {name: len(samples) for name, samples in found.items()}
     if len(set(sizes.values())) != 1:
         raise ValueError(f"present: got batch sizes {sizes}, expected one or more modalities of the same")
