@@ -76,10 +76,10 @@ def checked_tensors(
 
 
 def apply(function: type[torch.autograd.Function], *arguments: object) -> tuple[Tensor, ...]:
-    """``function.apply``; without autograd where it has nothing to do, since torch.compile then hands ``forward`` a
-    context that it does not take, if it takes any number of arguments."""
+    """``function.apply``. Where nothing requires grad torch.compile would hand ``forward``, as it takes any number of
+    arguments, a context that it does not take: there it is called without."""
     wanted = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
-    return (function.apply if wanted else function.forward)(*arguments)
+    return (function.apply if wanted or not torch.compiler.is_compiling() else function.forward)(*arguments)
 
 
 class _Gather(torch.autograd.Function):
