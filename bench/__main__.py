@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
 import re
-import shlex
-import subprocess
 import sys
 from dataclasses import asdict
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 
+from bench import records
 from bench.harness import Result, WrongResult, measure, measured_ceilings
 
 HERE = Path(__file__).parent
@@ -64,7 +61,7 @@ def main(arguments: list[str]) -> int:
 
     ceilings = measured_ceilings(args.device)
     for op in OPS if args.op == "all" else [args.op]:
-        print(f"{op} on {device_name(args.device)}, {args.threads} CPU threads; measured ceilings "
+        print(f"{op} on {records.device_name(args.device)}, {args.threads} CPU threads; measured ceilings "
               f"{ceilings['bytes_per_s'] / 1e9:.1f} GB/s, {ceilings['flop_per_s'] / 1e9:.0f} GFLOP/s")  # fmt: skip
         results = []
         try:
@@ -82,11 +79,9 @@ def main(arguments: list[str]) -> int:
             print(f"bench: --only: no workload of {op} has {args.only!r} in its name", file=sys.stderr)
             return 2
         if args.json:
-            default = HERE / "results" / slug(device_name(args.device)) / f"{op}.json"
-            path = default if args.json is True else Path(args.json)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(record(op, args, ceilings, results), indent=1) + "\n")
-            print(f"\nwritten to {path}")
+            path = records.folder(args.device) / f"{op}.json" if args.json is True else Path(args.json)
+            record = {"op": op, **records.origin(args.device, "bench", arguments), "ceilings": ceilings}
+            records.write(path, record | {"results": [asdict(r) for r in results]})
     return report(args.report) if args.report else 0
 
 
@@ -94,7 +89,7 @@ def report(page: Path) -> int:
     from bench.report import write  # matplotlib, which timing does without
 
     try:
-        write(HERE / "results", page)
+        write(records.RESULTS, page)
     except FileNotFoundError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
@@ -117,51 +112,6 @@ def row(r: Result) -> str:
 
 def milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.3f} ms" if seconds < 0.1 else f"{seconds * 1e3:.0f} ms"
-
-
-def record(op: str, args: argparse.Namespace, ceilings: dict[str, float], results: list[Result]) -> dict:
-    return {
-        "op": op,
-        "device": device_name(args.device),
-        "threads": args.threads,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        if args.device == "cuda"
-        else None,
-        "commit": commit(),
-        "command": "python -m bench " + shlex.join(sys.argv[1:]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "load": os.getloadavg()[0],  # of the machine when this was written: well above `threads` means it was not alone
-        "ceilings": ceilings,
-        "results": [asdict(r) for r in results],
-    }
-
-
-def commit() -> str | None:
-    """The commit, marked when files that the numbers depend on differ from it."""
-    git = ("git", "-C", str(HERE.parent))
-    head = said(*git, "rev-parse", "--short=12", "HEAD")
-    changed = said(*git, "status", "--porcelain", "--untracked-files=no", "--", "csrc", "lyra_ops", "bench/*.py")
-    return f"{head}-dirty" if head and changed else head
-
-
-def device_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    return found.group(1).strip() if found else "cpu"
-
-
-def slug(name: str) -> str:
-    return re.sub(r"\W+", "-", name).strip("-").lower()
-
-
-def said(*command: str) -> str | None:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        return None
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ def workloads(device: str, quick: bool) -> Iterator[Workload]:
         yield from_cost(device, 4, (60, 60), (30, 30))
         yield from_cost(device, 4, (30, 60), (10, 30))
         yield with_shares(device, 4, 60, 30)
-        yield banded(device, 1, 300, 200, 16)
-        yield banded(device, 1, 200, 200, 16)
+        yield long_pairs(device, 1, 300, 200, 16)
+        yield long_pairs(device, 1, 200, 200, 16)
         yield from_features(device, 4, (30, 60), (10, 30), 64)
         yield banded_features(device, 1, 300, 16, 64, torch.float32)
         return
@@ -33,8 +33,9 @@ def workloads(device: str, quick: bool) -> Iterator[Workload]:
     yield from_cost(device, 120, (150, 375), (20, 110))
     yield with_shares(device, 32, 300, 64)
     yield with_shares(device, 32, 1500, 200)
-    yield banded(device, 8 if device == "cuda" else 1, 8192, 8192, 512)  # 8 pairs and their truth would take 13 GB
-    yield banded(device, 1, 36000, 9000, 512)
+    yield long_pairs(device, 8 if device == "cuda" else 1, 8192, 8192, 512)  # 8 pairs and their truth would take 13 GB
+    yield long_pairs(device, 1, 36000, 9000, 512)
+    yield long_pairs(device, 1, 8192, 8192, None)
     for dim in (576, 3584):
         yield from_features(device, 32, (150, 300), (20, 64), dim)
         yield products(device, 32, (150, 300), (20, 64), dim)
@@ -103,14 +104,15 @@ def with_shares(device: str, batch: int, rows: int, columns: int) -> Workload:
     )
 
 
-def banded(device: str, batch: int, rows: int, columns: int, band: int) -> Workload:
-    """Long pairs with an int band. pysdtw limits its work to it, but not its memory: the longest are too much for it.
+def long_pairs(device: str, batch: int, rows: int, columns: int, band: int | None) -> Workload:
+    """With an int band or none. pysdtw limits its work to it, but not its memory: the longest are too much for it.
 
     The truth is our own kernel in float64: the reference would need the memory of a graph over all cells.
     """
     n, m = (torch.full((batch,), size, device=device) for size in (rows, columns))
     i = torch.arange(rows, device=device)
-    middle, reach = i * (columns - 1) / (rows - 1), max(band, (columns - 1) / (rows - 1) / 2 + 0.5)
+    middle = i * (columns - 1) / (rows - 1)
+    reach = max(columns if band is None else band, (columns - 1) / (rows - 1) / 2 + 0.5)
     high, low = (middle + reach).floor().clamp(max=columns - 1), (middle - reach).ceil().clamp(min=0)
     cells = batch * int((high - low + 1).sum())
 
@@ -120,10 +122,11 @@ def banded(device: str, batch: int, rows: int, columns: int, band: int) -> Workl
     def ours(cost: torch.Tensor) -> torch.Tensor:
         return lyra_ops.soft_dtw_from_cost(cost, n, m, gamma=GAMMA, band=band, backend=device)
 
-    named = peers.implementations(device, ragged=False, band=band) if rows == columns else {}
+    named = peers.implementations(device, ragged=False, band=band) if band is not None and rows == columns else {}
     theirs = {name: partial(adapt, peer, n, m) for name, peer in named.items() if name.startswith("pysdtw")}
+    limit = "no band" if band is None else f"band {band}"
     return Workload(
-        name=f"cost given, {batch} x {rows} x {columns}, band {band}, gamma {GAMMA}",
+        name=f"cost given, {batch} x {rows} x {columns}, {limit}, gamma {GAMMA}",
         inputs=inputs,
         implementations={f"lyra ({device})": ours} | theirs,
         plain=lambda cost: ours(cost.double()),

@@ -7,11 +7,9 @@ written for numba. Reported per input: relative error of the value, relative L2 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Iterator
-from datetime import datetime, timezone
 from functools import partial
 
 import numba
@@ -19,7 +17,7 @@ import numpy as np
 import torch
 
 import lyra_ops
-from bench.__main__ import HERE, commit, device_name, slug
+from bench import records
 from bench.peers.soft_dtw import implementations
 
 
@@ -44,19 +42,8 @@ def main() -> None:
                 if "value" in row
                 else f"{who:34}{row['failed']}"
             )
-    device = device_name(options.device)
-    path = HERE / "results" / slug(device) / "soft_dtw_accuracy.json"
-    record = {
-        "device": device,
-        "torch": torch.__version__,
-        "commit": commit(),
-        "command": "python -m bench.accuracy.soft_dtw " + " ".join(sys.argv[1:]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "rows": rows,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"\nwritten to {path}")
+    record = records.origin(options.device, "bench.accuracy.soft_dtw", sys.argv[1:]) | {"rows": rows}
+    records.write(records.folder(options.device) / "soft_dtw_accuracy.json", record)
 
 
 def inputs(large: bool) -> Iterator[tuple[str, torch.Tensor, float, int | None]]:

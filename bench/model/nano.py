@@ -27,13 +27,12 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable
-from datetime import datetime, timezone
 from pathlib import Path
 
 import jiwer
 import torch
 
-from bench.__main__ import HERE, commit, device_name, slug
+from bench import records
 from lyra_model import evaluate, nano
 from lyra_model.corpus import load_texts, words_of
 from lyra_model.features import Utterance, encode_folder, load_features
@@ -74,22 +73,10 @@ def main() -> None:
     processor = LyraProcessor.from_pretrained(base)
     synthesize_evaluation(args.cache)
     rows = TABLES[args.table](args, base, processor)
-    device = device_name("cpu")
-    path = HERE / "results" / slug(device) / f"nano_{args.table}.json"
-    record = {
-        "table": args.table,
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "commit": commit(),
-        "settings": {k: v for k, v in vars(args).items() if not isinstance(v, Path)} | {"model": Path(args.model).name},
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "seconds": round(time.monotonic() - began),
-        "rows": rows,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"written to {path}")
+    settings = {k: v for k, v in vars(args).items() if not isinstance(v, Path)} | {"model": Path(args.model).name}
+    record = {"table": args.table, **records.origin("cpu"), "settings": settings}
+    record |= {"seconds": round(time.monotonic() - began), "rows": rows}
+    records.write(records.folder("cpu") / f"nano_{args.table}.json", record)
 
 
 def full(args: argparse.Namespace, base: Path, processor: LyraProcessor) -> dict:

@@ -12,13 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import statistics
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +24,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from bench.__main__ import HERE, commit, device_name, said, slug
+from bench import records
 from bench.harness import peak_cpu, peak_gpu
 from lyra_ops.integrations import apply_token_extractor
 
@@ -167,34 +165,22 @@ def main(arguments: list[str]) -> int:
     torch.set_num_threads(args.threads)
     lengths = args.lengths or ([1 << k for k in range(11, 18)] if args.model == "7b" else [1024, 2048, 4096, 8192])
     dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
-    device = device_name(args.device)
-    path = args.json or HERE / "results" / slug(device) / f"prefill_{args.model}.json"
+    path = args.json or records.folder(args.device) / f"prefill_{args.model}.json"
     model = build(args.model, args.device, getattr(torch, dtype))
-    print(f"{args.model} on {device}, {dtype}, {args.threads} CPU threads")
+    print(f"{args.model} on {records.device_name(args.device)}, {dtype}, {args.threads} CPU threads")
     for length in lengths:
         rows = measure(model, length, args.keep, args.repeats, args.device)
         run = {
             "length": length,
             "keep": args.keep,
-            "device": device,
             "dtype": dtype,
-            "threads": args.threads,
-            "torch": torch.__version__,
-            "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-            if args.device == "cuda"
-            else None,
-            "commit": commit(),
-            "command": "python -m bench.model.prefill " + " ".join(arguments),
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "load": os.getloadavg()[0],
+            **records.origin(args.device, "bench.model.prefill", arguments),
             "rows": rows,
         }
         old = json.loads(path.read_text())["runs"] if path.exists() else []
         others = [r for r in old if (r["length"], r["keep"]) != (length, args.keep)]
         runs = sorted([*others, run], key=lambda r: (r["length"], r["keep"]))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"table": "prefill", "model": args.model, "runs": runs}, indent=1) + "\n")
-    print(f"written to {path}")
+        records.write(path, {"table": "prefill", "model": args.model, "runs": runs})
     return 0
 
 

@@ -16,20 +16,18 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import multiprocessing
 import statistics
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench.__main__ import HERE, commit, device_name, slug
+from bench import records
 from lyra_ops.integrations import apply_token_extractor
 
 PAIRS, ASKED, KEYS, VALUES = 16, 4, 64, 16
@@ -175,22 +173,16 @@ def main(arguments: list[str]) -> int:
         with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
             tables = list(pool.map(table, *columns))
     rows = list(itertools.chain(*tables))
-    out = args.out or HERE / "results" / slug(device_name("cpu"))
-    out.mkdir(parents=True, exist_ok=True)
+    out = args.out or records.folder("cpu")
     record = {
         "table": "recall",
-        "device": device_name("cpu"),
-        "torch": torch.__version__,
-        "commit": commit(),
-        "command": "python -m bench.model.recall " + " ".join(arguments),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **records.origin("cpu", "bench.model.recall", arguments),
         "seconds": round(time.monotonic() - began),
         "task": {"pairs": PAIRS, "asked": ASKED, "keys": KEYS, "values": VALUES, "trained_keep": TRAINED_KEEP},
         "rows": rows,
     }
-    (out / "recall.json").write_text(json.dumps(record, indent=1) + "\n")
+    records.write(out / "recall.json", record)
     plot(rows, out / "recall.png")
-    print(f"written to {out / 'recall.json'} and recall.png")
     return 0
 
 

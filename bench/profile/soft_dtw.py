@@ -6,16 +6,14 @@ By torch's profiler, on a CPU: the time of the whole call, and of torch's produc
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable
-from datetime import datetime, timezone
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from bench.__main__ import HERE, commit, device_name, slug
+from bench import records
 from bench.harness import BOTH, FORWARD, call
 from bench.soft_dtw import from_features
 
@@ -42,20 +40,8 @@ def main() -> None:
                     f"{workload.name}, {direction}: {seconds * 1e3:.1f} ms, {share:.0%} outside the products",
                     flush=True,
                 )
-    device = device_name("cpu")
-    path = HERE / "results" / slug(device) / "soft_dtw_profile.json"
-    record = {
-        "device": device,
-        "threads": options.threads,
-        "torch": torch.__version__,
-        "commit": commit(),
-        "command": "python -m bench.profile.soft_dtw " + " ".join(sys.argv[1:]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "rows": rows,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"written to {path}")
+    record = records.origin("cpu", "bench.profile.soft_dtw", sys.argv[1:]) | {"rows": rows}
+    records.write(records.folder("cpu") / "soft_dtw_profile.json", record)
 
 
 def outside_products(run: Callable[[], object], seconds: float) -> tuple[float, float]:
