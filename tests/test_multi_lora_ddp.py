@@ -79,14 +79,19 @@ def sharded(model: nn.Module) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
-def process(rank: int, folder: str, kind: type[nn.Module], parallel: Callable[[nn.Module], nn.Module]) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    model = parallel(kind())
+def train(model: nn.Module, rank: int) -> list[Tensor]:
     for _ in range(2):  # the second step hangs or fails if the first left a gradient out
         model.zero_grad()
         model(inputs()[rank], IDS[rank]).square().sum().backward()
     grads = [p.grad for p in model.parameters() if p.requires_grad]
-    torch.save([g.full_tensor() if isinstance(g, DTensor) else g for g in grads], f"{folder}/{rank}.pt")
+    return [g.full_tensor() if isinstance(g, DTensor) else g for g in grads]
+
+
+def process(rank: int, folder: str, kind: type[nn.Module], parallel: Callable[[nn.Module], nn.Module]) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    # The parallel model must be gone before its group is: the last to hold a group ends gloo's threads, and where that
+    # is a DDP model it waits for them with the interpreter's lock, which they may need to end (seen in torch 2.13).
+    torch.save(train(parallel(kind()), rank), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 

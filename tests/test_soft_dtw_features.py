@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-import socket
 
 import pytest
 import torch
@@ -359,16 +357,20 @@ def test_empty_batch() -> None:
     assert loss == 0 and torch.autograd.grad(loss, x)[0].shape == x.shape
 
 
-def _data_parallel(rank: int, port: int, folder: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+def _data_parallel(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    gradient = _gradient_over_two(rank)  # its model gone before the group is; see test_multi_lora_ddp.py
+    torch.distributed.destroy_process_group()
+    if rank == 0:
+        torch.save(gradient, f"{folder}/gradient.pt")
+
+
+def _gradient_over_two(rank: int) -> Tensor:
     torch.manual_seed(0)
     model = DistributedDataParallel(nn.Linear(4, 4))
     x, y, n, m = (t[2 * rank : 2 * rank + 2] for t in _batch())
     loss_of(model(x), y, n, m).backward()
-    if rank == 0:
-        torch.save(model.module.weight.grad, f"{folder}/gradient.pt")
-    torch.distributed.destroy_process_group()
+    return model.module.weight.grad
 
 
 def _batch() -> tuple[Tensor, ...]:
@@ -381,10 +383,7 @@ def _batch() -> tuple[Tensor, ...]:
 
 
 def test_data_parallel_over_unequal_lengths(tmp_path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(_data_parallel, (port, str(tmp_path)), nprocs=2)
+    multiprocessing.spawn(_data_parallel, (str(tmp_path),), nprocs=2)
     torch.manual_seed(0)
     model = nn.Linear(4, 4)
     x, y, n, m = _batch()
