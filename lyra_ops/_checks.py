@@ -44,8 +44,10 @@ def check_tensor(
 
 
 def readable(tensor: Tensor) -> bool:
-    """Whether reading values of ``tensor`` costs nothing: on the CPU, outside of compilation."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether reading values of ``tensor`` costs nothing: a plain one on the CPU, outside of compilation."""
+    if torch.compiler.is_compiling():
+        return False
+    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
 
 
 def check_option(name: str, value: object, options: Sequence[object]) -> None:

@@ -492,6 +492,23 @@ def test_fake_tensors_keep_device_dtype_and_shape(device: str) -> None:
     assert {(t.device.type, t.dtype) for t in (value, gradient)} == {(device, torch.float64)}
 
 
+def test_memory_can_be_estimated_with_fake_tensors_that_have_lengths() -> None:
+    with torch._subclasses.FakeTensorMode():
+        cost = torch.empty(3, 6, 5, requires_grad=True)
+        lyra_ops.soft_dtw_from_cost(cost, torch.empty(3, dtype=torch.int64), backend="cpu").sum().backward()
+        assert cost.grad.shape == cost.shape
+
+
+@pytest.mark.parametrize("upstream", [[1.0, 1.0, 1.0], [1.0, 1.0, 0.5], [0.0, 1.0, float("nan")]])
+def test_upstream_gradients_of_one_and_others(upstream: list[float]) -> None:
+    cost, factor = random(3, 6, 5).requires_grad_(), torch.tensor(upstream, dtype=torch.float64)
+    got, want = (
+        torch.autograd.grad(lyra_ops.soft_dtw_from_cost(cost, backend=name), cost, factor)[0]
+        for name in ("cpu", "reference")
+    )
+    torch.testing.assert_close(got, want, equal_nan=True)
+
+
 @pytest.mark.parametrize("backend", COMPILED)
 def test_the_raw_ops_survive_any_length(backend: str) -> None:
     cost = random(6, 5, 4).to(device_of(backend))

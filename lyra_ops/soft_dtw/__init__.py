@@ -190,7 +190,7 @@ def check_features(x: object, y: object, cost: str, temperature: float) -> tuple
 
 def _check_cost(cost: object) -> Tensor:
     cost = check_tensor("cost", cost, shape=("B", "N", "M"), dtypes=FLOAT_DTYPES)
-    return cost.to(torch.promote_types(cost.dtype, torch.float32))
+    return cost.float() if cost.dtype.itemsize < 4 else cost
 
 
 class _Arguments(NamedTuple):
@@ -391,7 +391,9 @@ class _SoftDTWAtOnce(torch.autograd.Function):
         _, gammas, drop, *_ = arguments
         if torch._C._has_storage(grad_value):
             ctx.taken = True
-            grad_cost = grad_cost.data.mul_(grad_value[:, None, None])  # .data: what is saved is not asked for again
+            grad_cost = grad_cost.data  # what is saved is not asked for again
+            if not readable(grad_value) or grad_value.tolist().count(1) < len(grad_value):  # not of a plain sum
+                grad_cost.mul_(grad_value[:, None, None])
         else:  # of vmap (is_grads_batched): many gradients in one call
             grad_cost = grad_cost * grad_value[:, None, None]
         grad_gamma = (-grad_value * entropy).to(gammas.dtype) if ctx.needs_input_grad[1] else None
