@@ -6,6 +6,8 @@ Training texts come from three sources, so that the vocabulary is open (a closed
 - "question": questions and requests, from data/question_templates.txt filled with words of WordNet.
 - "gloss": definitions of WordNet.
 
+They come in random order; behind them stand some 3,500 questions more, from data/close_questions.txt.
+
 Texts to judge by: "heldout", 200 example phrases, and the files data/everyday_questions.txt and
 data/demo_questions.txt, all written or fixed before any training. No training text shares five words in a row with
 any of them (nor holds one of them whole, where it is shorter than that). To choose between settings there is "dev", 400
@@ -30,6 +32,7 @@ _DATA = Path(__file__).parent / "data"
 _HELDOUT_PHRASES = 200
 _DEV_TEXTS = 400
 _QUESTIONS = 15_000
+_CLOSE_QUESTIONS = 3_600
 _GLOSSES = 20_000
 _SHARED_WORDS = 5
 _SPEAKABLE = re.compile(r"[A-Za-z][A-Za-z ,'?!;:-]*[A-Za-z'][.?!]?")
@@ -67,7 +70,8 @@ def load_texts(split: str, seed: int = 0, wordnet_dir: Path = WORDNET_DIR) -> li
 
     rng = random.Random(seed)
     common_words = Counter(word for phrase in phrases for word in words_of(phrase))
-    questions = _questions(wordnet, common_words, rng)
+    slots = _slot_words(wordnet, common_words)
+    questions = _questions("question_templates.txt", _QUESTIONS, slots, wordnet.irregular_plurals, rng)
     glosses = list(_unique(_glosses(wordnet)))
     rng.shuffle(glosses)
     candidates = [
@@ -78,7 +82,13 @@ def load_texts(split: str, seed: int = 0, wordnet_dir: Path = WORDNET_DIR) -> li
     kept_apart = _Overlap([*heldout, *_read_lines("everyday_questions.txt"), *_read_lines("demo_questions.txt")])
     texts = [candidate for candidate in candidates if not kept_apart.found_in(candidate.text)]
     rng.shuffle(texts)
-    return texts[-_DEV_TEXTS:] if split == "dev" else texts[:-_DEV_TEXTS]
+    if split == "dev":
+        return texts[-_DEV_TEXTS:]
+    more = _questions("close_questions.txt", _CLOSE_QUESTIONS, slots, wordnet.irregular_plurals, rng)
+    known = {tuple(words_of(text.text)) for text in texts}
+    new = [Text(q, "question") for q in more if tuple(words_of(q)) not in known and not kept_apart.found_in(q)]
+    rng.shuffle(new)
+    return texts[:-_DEV_TEXTS] + new
 
 
 def words_of(text: str) -> list[str]:
@@ -171,21 +181,17 @@ _SLOT = re.compile(r"\{(?:(a|s):)?(\w+)\}")
 _CHOICE = re.compile(r"\[([^\[\]]*)\]")
 
 
-def _questions(wordnet: WordNet, common_words: Counter[str], rng: random.Random) -> list[str]:
-    """Every template without slots once, then the others in turn until there are enough different questions."""
-    lines = _read_lines("question_templates.txt")
-    slots = _slot_words(wordnet, common_words)
-    for line in lines:
-        if line.startswith("@"):
-            name, _, words = line[1:].partition(":")
-            slots[name] = [word.strip() for word in words.split(",")]
-    templates = [line for line in lines if not line.startswith("@")]
+def _questions(
+    name: str, count: int, slots: dict[str, list[str]], plurals: dict[str, str], rng: random.Random
+) -> list[str]:
+    """Every template without slots once, then the others in turn until there are ``count`` different questions."""
+    templates = [line for line in _read_lines(name) if not line.startswith("@")]
     open_templates = [template for template in templates if "{" in template]
     questions = dict.fromkeys(template for template in templates if "{" not in template and "[" not in template)
-    while len(questions) < _QUESTIONS:
+    while len(questions) < count:
         for template in open_templates:
-            questions[_fill(template, slots, wordnet.irregular_plurals, rng)] = None
-    return list(_unique(questions))[:_QUESTIONS]
+            questions[_fill(template, slots, plurals, rng)] = None
+    return list(_unique(questions))[:count]
 
 
 def _slot_words(wordnet: WordNet, common_words: Counter[str]) -> dict[str, list[str]]:
@@ -209,6 +215,11 @@ def _slot_words(wordnet: WordNet, common_words: Counter[str]) -> dict[str, list[
         slots[name] = words(
             synsets, lambda word, synset: len(word) > 2 and common_words[word] > 2 and is_common(word, synset)
         )
+    for name in ("question_templates.txt", "close_questions.txt"):
+        for line in _read_lines(name):
+            if line.startswith("@"):
+                slot, _, own = line[1:].partition(":")
+                slots[slot] = [word.strip() for word in own.split(",")]
     return slots
 
 
