@@ -26,7 +26,7 @@ demo: $(VENV)/.model $(LIBRARY)
 # The Triton interpreter is switched on for a whole process, hence a run of its own. A test that hangs, fails by its name.
 test: $(VENV)/.dev $(LIBRARY)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interp $(ARGS) || [ $$? -eq 5 ]
-	$(BIN)/python -m pytest -q --timeout 900 -m "not interp" $(ARGS)
+	$(BIN)/python -m pytest -q --timeout 1800 -m "not interp" $(ARGS)
 
 test-fast: $(VENV)/.dev $(LIBRARY)
 	$(BIN)/python -m pytest -q -m "not interp and not slow" $(ARGS)
