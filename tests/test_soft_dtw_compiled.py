@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import platform
 import subprocess
 import sys
 
@@ -382,14 +383,17 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 @pytest.mark.parametrize(("dtype", "store"), [(torch.float32, 16), (torch.float32, 8), (torch.float64, 64)])
 @pytest.mark.parametrize("gamma", [1.0, 0.05, 0.0])
-@pytest.mark.parametrize(("n", "m"), [(9, 8), (16, 22), (17, 23), (41, 24), (40, 64), (33, 65), (24, 256)])
-def test_large_batches_whose_rows_follow_without_a_gap_are_small_ones(n, m, gamma, dtype, store) -> None:
+@pytest.mark.parametrize(
+    ("n", "m", "padding"),
+    [(9, 8, 3), (16, 22, 3), (17, 23, 0), (41, 24, 3), (40, 64, 0), (33, 65, 3), (24, 256, 0)],
+)
+def test_large_batches_whose_rows_follow_without_a_gap_are_small_ones(n, m, padding, gamma, dtype, store) -> None:
     batch, parts = 20, 5
     x_lengths, y_lengths = ragged(batch, n, m)
     x_lengths[4:8], y_lengths[8:12] = n, m
     cost = random(batch, n, m, dtype=dtype).square()
     cost[5, n // 2, 2], cost[6, 3, 1], cost[7, 0, 0] = math.inf, 1e30, math.nan
-    cost = torch.cat([poisoned(cost, x_lengths, y_lengths), cost.new_full((batch, n, 3), math.nan)], dim=2)
+    cost = torch.cat([poisoned(cost, x_lengths, y_lengths), cost.new_full((batch, n, padding), math.nan)], dim=2)
 
     def results(cost: Tensor, along: Tensor, *lengths: Tensor) -> tuple[Tensor, ...]:
         options = gamma, None, -1, None, None
@@ -411,15 +415,30 @@ def test_large_batches_whose_rows_follow_without_a_gap_are_small_ones(n, m, gamm
         torch.testing.assert_close(got, want, rtol=rounding, atol=rounding, equal_nan=True)
 
 
-@pytest.mark.parametrize("batch", [40, 1])  # threads share the batch, or the pair
-def test_threads_change_nothing(batch: int) -> None:
-    cost, lengths = random(batch, 150, 70).float(), ragged(batch, 150, 70)
+def test_large_batches_may_hold_one_row_many_times() -> None:
+    cost = random(20, 1, 24).float().expand(20, 40, 24)
+    assert torch.equal(lyra_ops.soft_dtw_alignment(cost), lyra_ops.soft_dtw_alignment(cost.contiguous()))
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="results are flushed there alone")
+def test_no_gradient_is_slowed_down_by_subnormal_numbers() -> None:
+    cost = random(2, 200, 100).square()
+    exact = lyra_ops.soft_dtw_alignment(cost, gamma=0.05)
+    found = lyra_ops.soft_dtw_alignment(cost.float(), gamma=0.05)
+    tiny = torch.finfo(torch.float32).tiny
+    assert ((exact > 0) & (exact < tiny)).any() and not ((found > 0) & (found < tiny)).any()
+
+
+@pytest.mark.parametrize(("batch", "n", "m", "band"), [(40, 150, 70, None), (1, 1500, 200, None), (1, 2000, 1900, 64)])
+def test_threads_change_nothing(batch: int, n: int, m: int, band: int | None) -> None:
+    """Threads share the batch, or the pair."""
+    cost, lengths = random(batch, n, m).float(), ragged(batch, n, m)
     threads = torch.get_num_threads()
     try:
         results = []
         for n in (1, 2):
             torch.set_num_threads(n)
-            results.append(value_and_gradient(cost, *lengths, backend="cpu"))
+            results.append(value_and_gradient(cost, *lengths, band=band, backend="cpu"))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*results))

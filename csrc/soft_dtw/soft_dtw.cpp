@@ -113,11 +113,13 @@ struct Batch {
   int64_t probs_bytes(int store) const { return most_steps(rows, columns, band) * record_bytes(store, dropping); }
 
   // Calls body(pair's index, together, workspace), for long pairs first: in parallel, or, if there are fewer than
-  // threads, one after the other, all threads together.
+  // threads and they can be shared at a gain, one after the other, all threads together.
   template <typename Body>
   void for_pairs(const Body& body) const {
-    const bool together = size < torch::stable::get_num_threads() && !chained();
-    if (together) {
+    // What one core leaves to another has to be fetched from it, which takes as long as a pair of this size.
+    constexpr int64_t kManyCells = int64_t{1} << 18;
+    const bool shared = low == nullptr && !chained() && most_steps(rows, columns, band) * kLanes >= kManyCells;
+    if (shared && size < torch::stable::get_num_threads()) {
       Workspace workspace;
       for (int64_t b = 0; b < size; ++b) body(b, true, workspace);
       return;

@@ -41,14 +41,16 @@ LYRA_INLINE void store_row(const Backward<S>& f, int64_t i, int64_t column, int6
 // Lane by lane eight steps of `tile` go to the rows of the output; what is not inside is exactly 0 and goes there, too,
 // but for what is behind the rows of a chain.
 template <typename S>
-LYRA_INLINE void store_tile(const Backward<S>& f, const Stripe& stripe, Stripe::Place place, Vec<S> (&tile)[kLanes]) {
+LYRA_INLINE void store_tile(const Backward<S>& f, const Stripe& stripe, Stripe::Place place, bool alone,
+                            Vec<S> (&tile)[kLanes]) {
   transpose(tile);
   const auto [row, column] = place;
   const int64_t lanes = std::min<int64_t>(kLanes, f.pair.n - row);
   S* to = f.grad_cost + row * f.columns + column;
   // The same tile of the next stripe, which would wait for memory to be read that it only writes. It may lie outside.
+  // Not where it is another thread's, which would have to take it back.
   auto next = reinterpret_cast<uintptr_t>(to) - kLanes * f.columns * sizeof(S);
-  for (int l = 0; l < kLanes; ++l, next += (f.columns - kSkew) * sizeof(S)) {
+  for (int l = 0; l < kLanes && alone; ++l, next += (f.columns - kSkew) * sizeof(S)) {
     __builtin_prefetch(reinterpret_cast<const void*>(next), 1);
   }
   const bool chain = stripe.period > 0;
@@ -57,12 +59,24 @@ LYRA_INLINE void store_tile(const Backward<S>& f, const Stripe& stripe, Stripe::
     for (int l = 0; l < lanes; ++l, to += f.columns - kSkew) store(to, f.grad * tile[l]);
     return;
   }
+  if (stripe.among_full_rows(place, f.columns)) {
+    const auto lane = convert<IntOf<S>>(kIota);
+    for (int l = 0; l < kLanes; ++l, to += f.columns - kSkew) {
+      const auto [offset, between, rest] = stripe.turn(place, l, f.columns);
+      S *const first = to + offset, *const others = first + between;
+      const Vec<S> out = f.grad * tile[l];
+      const auto is_first = lane < static_cast<IntOf<S>>(rest);
+      store(first, is_first ? out : load<Vec<S>>(first));
+      if (rest < kLanes) store(others, is_first ? load<Vec<S>>(others) : out);
+    }
+    return;
+  }
   for (int l = 0; l < kLanes; ++l) {
     int64_t i = row + l, j = column - kSkew * l;
     if (chain && j < 0) i -= kLanes, j += stripe.period;
     const Vec<S> out = f.grad * tile[l];
-    store_row(f, i, j, columns, chain, out);
-    if (chain) store_row(f, i + kLanes, j - stripe.period, columns, chain, out);
+    store_row(f, i, j, columns, alone, out);
+    if (chain) store_row(f, i + kLanes, j - stripe.period, columns, alone, out);
   }
 }
 
@@ -101,13 +115,16 @@ LYRA_INLINE double backward_stripe(const Backward<S>& f, Stripe stripe, Vec<S>* 
   double entropy = 0;
   // What the last step sends left, up left and, with what the one before sent up left, up.
   Vec<S> to_left = {}, to_diagonal = {}, sent = {}, dropped = {};
+  int64_t seen = 0;  // of the neighbour
   auto place = stripe.place(stripe.first + (tiles - 1) * kLanes);
   for (int64_t t = tiles - 1; t >= 0; --t, place = stripe.moved(place, -kLanes)) {
     const int64_t start = stripe.first + t * kLanes, stop = std::min(start + kLanes - 1, stripe.last);
     const Vec<S>* const below_tile = frontier + stripe.below(start);
     Vec<S>* const send = frontier + stripe.sends(start);
     // Ticks count downwards: `ticks` is minus the lowest entry that the stripe below has left.
-    if (progress != nullptr && below) progress->wait(index + 1, kAllDone / 2 - stripe.below(start));
+    if (progress != nullptr && below && seen < kAllDone / 2 - stripe.below(start)) {
+      seen = progress->wait(index + 1, kAllDone / 2 - stripe.below(std::max(start - kAhead, stripe.first)));
+    }
     Vec<S> tile[kLanes];
     for (int k = kLanes - 1; k > stop - start; --k) tile[k] = Vec<S>{};
     for (int64_t step = stop; step >= start; --step) {
@@ -143,7 +160,7 @@ LYRA_INLINE double backward_stripe(const Backward<S>& f, Stripe stripe, Vec<S>* 
     repeat_front(frontier, send, stripe);
     if (t == 0) frontier[stripe.sends(stripe.first - 1)] = to_diagonal;
     if (progress != nullptr && t > 0) progress->set(index, kAllDone / 2 - stripe.sends(start));
-    store_tile(f, stripe, place, tile);
+    store_tile(f, stripe, place, progress == nullptr, tile);
   }
   if (progress != nullptr) progress->set(index, kAllDone);
   finish_rows<kDropping>(f, stripe, dropped);
@@ -170,6 +187,7 @@ Entry begin_backward(const Pair& pair, const Plan& plan, Entry* frontier, Mass m
 template <bool kDropping, bool kEntropy, typename S>
 LYRA_INLINE void backward_stripes(const Backward<S>& f, const Plan& plan, int64_t from, int64_t to, Vec<S>* frontier,
                                   Vec<S> origin, double* entropy, Progress* progress) {
+  const FlushSubnormals flush;  // far from the paths, products of shares fall below every number
   for (int64_t s = to - 1; s >= from; --s) {
     const Vec<S> sent = s + 1 == plan.count() ? origin : Vec<S>{};
     const uint8_t* const records = f.records + (plan.offset[s] - f.skipped);

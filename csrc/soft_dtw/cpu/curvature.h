@@ -131,7 +131,7 @@ LYRA_INLINE double curvature_stripe(const Curvature<S>& f, const Stripe& stripe,
       frontier[stripe.sends(step)] = sent;
     }
     if (t == 0) frontier[stripe.sends(stripe.first - 1)] = to_diagonal;
-    store_tile(f.out, stripe, stripe.place(start), tile);
+    store_tile(f.out, stripe, stripe.place(start), true, tile);
   }
   finish_rows<kDropping>(f.out, stripe, convert<S>(dropped));
   double sum = 0;

@@ -14,27 +14,34 @@ namespace lyra::soft_dtw_cpu {
 // How far the threads that share one pair are: each stripe is a thread's, and follows the one before it.
 class Progress {
  public:
-  explicit Progress(int64_t stripes) : done_(new std::atomic<int64_t>[stripes]) {
-    for (int64_t s = 0; s < stripes; ++s) done_[s].store(0, std::memory_order_relaxed);
-  }
+  explicit Progress(int64_t stripes) : done_(new Ticks[stripes]) {}
   ~Progress() { delete[] done_; }
   Progress(const Progress&) = delete;
   Progress& operator=(const Progress&) = delete;
-  void wait(int64_t stripe, int64_t ticks) const {
-    for (int spins = 0; done_[stripe].load(std::memory_order_acquire) < ticks; ++spins) {
+  // Returns how far the stripe is, once it is as far as `ticks`.
+  int64_t wait(int64_t stripe, int64_t ticks) const {
+    for (int spins = 0;; ++spins) {
+      const int64_t now = done_[stripe].count.load(std::memory_order_acquire);
+      if (now >= ticks) return now;
 #ifdef __x86_64__
       __builtin_ia32_pause();
 #endif
       if (spins >= kSpins) std::this_thread::yield();  // who is waited for may need this very core
     }
   }
-  void set(int64_t stripe, int64_t ticks) { done_[stripe].store(ticks, std::memory_order_release); }
+  void set(int64_t stripe, int64_t ticks) { done_[stripe].count.store(ticks, std::memory_order_release); }
 
  private:
   static constexpr int kSpins = 1000;  // some tiles, which is all that a neighbour with a core of its own is late
-  std::atomic<int64_t>* done_;
+  struct alignas(64) Ticks {           // a line of the cache each
+    std::atomic<int64_t> count{0};
+  };
+  Ticks* done_;
 };
 constexpr int64_t kAllDone = std::numeric_limits<int64_t>::max();
+// Steps that a thread lets its neighbour get ahead once it has caught up with it, since each look at how far that is
+// fetches a line of the cache from another core.
+constexpr int64_t kAhead = 4 * kLanes;
 
 // A matrix of a pair, with what of the memory around it may be read.
 template <typename S>
@@ -89,6 +96,15 @@ LYRA_INLINE void load_tile(const Cells<S>& cells, const Stripe& stripe, Stripe::
     for (int l = 0; l < kLanes; ++l, from += cells.row - kSkew) tile[l] = load<Vec<S>>(from);
     return transpose(tile);
   }
+  if (stripe.among_full_rows(place, cells.row)) {
+    const auto lane = convert<IntOf<S>>(kIota);
+    for (int l = 0; l < kLanes; ++l, from += cells.row - kSkew) {
+      const auto [offset, between, rest] = stripe.turn(place, l, cells.row);
+      const auto first = load<Vec<S>>(from + offset), others = load<Vec<S>>(from + offset + between);
+      tile[l] = lane < static_cast<IntOf<S>>(rest) ? first : others;
+    }
+    return transpose(tile);
+  }
   for (int l = 0; l < kLanes; ++l) {
     int64_t i = row + l, j = column - kSkew * l;
     if (j < 0 && stripe.period > 0) i -= kLanes, j += stripe.period;
@@ -122,23 +138,47 @@ LYRA_INLINE void forward_stripe(const Forward<S>& f, Cell& cell, Stripe stripe, 
   }
   Dither dither(stripe.row, stripe.first, store_as), keep_dither(stripe.row + 1, stripe.first + 1, store_as);
   State left = Cell::zero(), ended = Cell::zero(), ended_before = Cell::zero(), diagonal = Cell::zero();
+  // Of a tile's steps. Each, once used, gives way to that of the next tile, which a CPU works out while the recursion
+  // waits for itself.
+  State weights[kLanes];
+  auto place = stripe.place(stripe.first);
+  Vec<S> tile[kLanes];
   if (stripe.first <= stripe.last) {
+    load_tile(f.cost, stripe, place, std::numeric_limits<S>::infinity(), tile);
+#pragma GCC unroll 1
+    for (int k = 0; k < kLanes; ++k) weights[k] = cell.template weight<false>(tile[k]);
     if (progress != nullptr && index > 0) progress->wait(index - 1, stripe.above(stripe.first - 1));
     diagonal = Cell::pushed(Cell::zero(), frontier[stripe.above(stripe.first - 1)]);
   }
-  auto place = stripe.place(stripe.first);
-  for (int64_t start = stripe.first; start <= stripe.last; start += kLanes, place = stripe.moved(place, kLanes)) {
+  bool open = false;
+  int64_t seen = 0;  // of the neighbour
+  for (int64_t start = stripe.first; start <= stripe.last; start += kLanes) {
     const int64_t stop = std::min(start + kLanes - 1, stripe.last);
     const State* const above = frontier + stripe.above(start);
     State* const leave = frontier + stripe.leaves(start);
-    if (progress != nullptr && index > 0) progress->wait(index - 1, stripe.above(stop));
-    Vec<S> tile[kLanes];
-    load_tile(f.cost, stripe, place, std::numeric_limits<S>::infinity(), tile);
+    const bool turns = !kDropping && stripe.turns(place);
+    const auto column = static_cast<int32_t>(place.column);
+    place = stripe.moved(place, kLanes);
+    if (stop < stripe.last) {
+      load_tile(f.cost, stripe, place, std::numeric_limits<S>::infinity(), tile);
+      open = cell.all_open(tile);
+    }
+    if (progress != nullptr && index > 0 && seen < stripe.above(stop)) {
+      seen = progress->wait(index - 1, stripe.above(std::min(stop + kAhead, stripe.last)));
+    }
     const auto steps = [&]<bool kOpen, bool kTurns>() __attribute__((always_inline)) {
-      for (int64_t step = start; step <= stop; ++step) {
+      for (int k = 0; k <= stop - start; ++k) {
+        if constexpr (kTurns) {  // from a row's end on to the beginning of another
+          const auto now = column + k, period = static_cast<int32_t>(stripe.period);
+          const Vec<int32_t> lanes = kSkew * kIota == (now < period ? now : now - period);
+          dither.next_row(lanes, stripe.period);
+          left = Cell::chosen(lanes, Cell::zero(), left);
+          diagonal = Cell::chosen(lanes, Cell::zero(), diagonal);
+        }
         Shares<T> shares;
-        const State up = Cell::pushed(ended_before, above[step - start]);
-        left = cell.template match<kOpen>(tile[step - start], diagonal, up, left, shares);
+        const State up = Cell::pushed(ended_before, above[k]);
+        left = Cell::match(weights[k], diagonal, up, left, shares);
+        weights[k] = cell.template weight<kOpen>(tile[k]);
         diagonal = up;
         ended_before = ended;
         if (store_as != 0) put(record, store_as, shares, dither);
@@ -149,19 +189,11 @@ LYRA_INLINE void forward_stripe(const Forward<S>& f, Cell& cell, Stripe stripe, 
         } else {
           ended = Cell::normalised(left);
         }
-        leave[step - start] = ended;
-        if constexpr (kTurns) {  // to the right of a row's end there is the beginning of another
-          const auto column = static_cast<int32_t>(stripe.moved(place, step - start + 1).column);
-          const Vec<int32_t> lanes = kSkew * kIota == column;
-          dither.next_row(lanes, stripe.period);
-          left = Cell::chosen(lanes, Cell::zero(), left);
-          diagonal = Cell::chosen(lanes, Cell::zero(), diagonal);
-        }
+        leave[k] = ended;
       }
       left = Cell::normalised(left);
     };
-    const bool open = cell.all_open(tile);
-    if (!kDropping && stripe.turns(place)) {
+    if (turns) {
       open ? steps.template operator()<true, true>() : steps.template operator()<false, true>();
     } else {
       open ? steps.template operator()<true, false>() : steps.template operator()<false, false>();

@@ -339,6 +339,7 @@ template <typename S>
 std::tuple<double, double> curvature_pair(const Curvature<S>& f, const Plan& plan) {
   const Pair& pair = f.out.pair;
   const int64_t bytes = record_bytes(f.out.store, pair.dropping), each = pair.dropping ? 3 : 2;
+  const FlushSubnormals flush;
   Buffer<Vec<S>> rates(plan.bytes / bytes * each, Vec<S>{});
   double slope = 0, in_gamma = 0;
   {

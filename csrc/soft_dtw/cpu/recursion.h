@@ -142,9 +142,8 @@ struct Soft {
   }
 
   // Not normalised; nor need `left` be.
-  template <bool kOpen>
-  LYRA_INLINE State match(Vec<S> cost, const State& diagonal, const State& up, const State& left, Shares<T>& shares) {
-    const State w = weight<kOpen>(cost);
+  static LYRA_INLINE State match(const State& w, const State& diagonal, const State& up, const State& left,
+                                 Shares<T>& shares) {
     const auto top = most(left.exponent, most(diagonal.exponent, up.exponent));
     const auto a = aligned(diagonal, top), b = aligned(up, top), c = aligned(left, top);
     const auto sum = a + (b + c);  // the same transposed
@@ -200,14 +199,13 @@ struct Hard {
     flagged |= ~(sum > -std::numeric_limits<double>::infinity());
     return {sum};
   }
-  template <bool kOpen>
-  LYRA_INLINE State match(Vec<S> cost, const State& diagonal, const State& up, const State& left,
-                          Shares<double>& shares) {
+  static LYRA_INLINE State match(const State& w, const State& diagonal, const State& up, const State& left,
+                                 Shares<double>& shares) {
     const Vec<double> none = {}, all = none + 1.0;
     const auto from_diagonal = (diagonal.sum <= up.sum) & (diagonal.sum <= left.sum);
     const auto from_up = ~from_diagonal & (up.sum <= left.sum);
     shares = {from_diagonal ? all : none, from_up ? all : none, from_diagonal | from_up ? all : none, all};
-    return {weight<kOpen>(cost).sum + least(diagonal.sum, least(up.sum, left.sum))};
+    return {w.sum + least(diagonal.sum, least(up.sum, left.sum))};
   }
   static LYRA_INLINE State merged(const State& matched, const State& up, const State& drop, Part<double>& keep) {
     const auto dropped = up.sum + drop.sum;

@@ -96,9 +96,24 @@ struct Stripe {
     if (period > 0 && to.column < 0) to = {to.row - kLanes, to.column + period};
     return to;
   }
-  // Whether some lane goes on to its next row after one of the tile's steps.
+  // Where the kLanes columns of lane l in a tile of a chain lie, in a matrix whose rows are `stride` apart: `rest` of
+  // them at the end of one row, `offset` from column `tile.column` - kSkew l of row `tile.row` + l, and what is more at
+  // the beginning of another row, read as if `between` further on.
+  struct Turn {
+    int64_t offset, between, rest;
+  };
+  LYRA_INLINE Turn turn(Place tile, int l, int64_t stride) const {
+    const int64_t between = kLanes * stride - period, before = kSkew * l - tile.column;
+    return before > 0 ? Turn{-between, between, before} : Turn{0, between, period + before};
+  }
+  // Whether all rows that a tile of a chain may touch are there, and as long as the period.
+  LYRA_INLINE bool among_full_rows(Place tile, int64_t stride) const {
+    return period > 0 && period == lane[0].high + 1 && period <= stride && tile.row >= kLanes &&
+           tile.row + 2 * kLanes <= rows;
+  }
+  // Whether some lane goes on to its next row in one of the tile's steps.
   LYRA_INLINE bool turns(Place tile) const {
-    return period > 0 && ((tile.row > 0 && tile.column + 1 < kReach) || tile.column + kLanes >= period);
+    return period > 0 && ((tile.row > 0 && tile.column < kReach) || tile.column + kLanes > period);
   }
   // The columns of row i that lane l passes through.
   LYRA_INLINE Window inside(int64_t i, int l) const { return 0 <= i && i < rows ? lane[l] : Window{0, -1}; }
