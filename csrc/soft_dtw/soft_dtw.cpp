@@ -17,8 +17,8 @@
 // and take no memory but a thread's own: faster than the two, for who wants the gradient anyhow.
 //
 // Backward.  E_ij = share of E from the three successors, E_{n-1,m-1} = 1; grad_cost = grad_value E. A pure sum of
-// products of numbers >= 0. Gradients outside the pair and the band are exactly 0. Without a path (value +inf) all are
-// 0; value NaN makes those inside the pair and the band NaN.
+// products of numbers >= 0; on x86, results below the normal numbers are 0. Gradients outside the pair and the band are
+// exactly 0. Without a path (value +inf) all are 0; value NaN makes those inside the pair and the band NaN.
 //
 // gamma: one for all; gammas (B): one per pair, > 0, else NaN for the pair. band: -1, or w >= 0 with the cells
 // 2 |j (n-1) - i (m-1)| <= max(2 w (n-1), n + m - 2). low, high (B,N): first and last column that each row may match.
@@ -116,8 +116,8 @@ struct Batch {
   // threads and they can be shared at a gain, one after the other, all threads together.
   template <typename Body>
   void for_pairs(const Body& body) const {
-    // What one core leaves to another has to be fetched from it, which takes as long as a pair of this size.
-    constexpr int64_t kManyCells = int64_t{1} << 18;
+    // What one core leaves to another has to be fetched from it, which may take longer than a smaller pair.
+    constexpr int64_t kManyCells = int64_t{1} << 20;
     const bool shared = low == nullptr && !chained() && most_steps(rows, columns, band) * kLanes >= kManyCells;
     if (shared && size < torch::stable::get_num_threads()) {
       Workspace workspace;
