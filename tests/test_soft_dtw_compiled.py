@@ -429,8 +429,16 @@ def test_no_gradient_is_slowed_down_by_subnormal_numbers() -> None:
     assert ((exact > 0) & (exact < tiny)).any() and not ((found > 0) & (found < tiny)).any()
 
 
-@pytest.mark.parametrize(("batch", "n", "m", "band"), [(40, 150, 70, None), (1, 4096, 300, None), (1, 2500, 2400, 256)])
-def test_threads_change_nothing(batch: int, n: int, m: int, band: int | None) -> None:
+@pytest.mark.parametrize(
+    ("batch", "n", "m", "options"),
+    [
+        (40, 150, 70, {}),
+        (1, 4096, 300, {}),
+        (1, 4096, 300, {"drop_cost": 0.5, "bits": 8}),
+        (1, 2500, 2400, {"band": 256}),
+    ],
+)
+def test_threads_change_nothing(batch: int, n: int, m: int, options: dict) -> None:
     """Threads share the batch, or the pair."""
     cost, lengths = random(batch, n, m).float(), ragged(batch, n, m)
     threads = torch.get_num_threads()
@@ -438,7 +446,7 @@ def test_threads_change_nothing(batch: int, n: int, m: int, band: int | None) ->
         results = []
         for n in (1, 2):
             torch.set_num_threads(n)
-            results.append(value_and_gradient(cost, *lengths, band=band, backend="cpu"))
+            results.append(value_and_gradient(cost, *lengths, **options, backend="cpu"))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*results))
