@@ -128,3 +128,8 @@ def assert_gradient_close(got: Tensor, exact: Tensor, bits: int = 16) -> None:
     got, exact = got.nan_to_num(), exact.nan_to_num()
     error = (got - exact).norm().item()
     assert error <= {16: 1e-4, 8: 1e-2}[bits] * exact.norm().item(), f"error {error:.1e}, norm {exact.norm():.1e}"
+
+
+def same(got: Tensor, want: Tensor) -> None:
+    """Equal up to float64 rounding."""
+    torch.testing.assert_close(got.cpu(), want, rtol=1e-10, atol=1e-12)
