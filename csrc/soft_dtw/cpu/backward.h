@@ -115,7 +115,7 @@ LYRA_INLINE double backward_stripe(const Backward<S>& f, Stripe stripe, Vec<S>* 
   double entropy = 0;
   // What the last step sends left, up left and, with what the one before sent up left, up.
   Vec<S> to_left = {}, to_diagonal = {}, sent = {}, dropped = {};
-  int64_t seen = 0;  // of the neighbour
+  int64_t seen = 0;  // how far the neighbour was when last looked at
   auto place = stripe.place(stripe.first + (tiles - 1) * kLanes);
   for (int64_t t = tiles - 1; t >= 0; --t, place = stripe.moved(place, -kLanes)) {
     const int64_t start = stripe.first + t * kLanes, stop = std::min(start + kLanes - 1, stripe.last);

@@ -151,7 +151,7 @@ LYRA_INLINE void forward_stripe(const Forward<S>& f, Cell& cell, Stripe stripe, 
     diagonal = Cell::pushed(Cell::zero(), frontier[stripe.above(stripe.first - 1)]);
   }
   bool open = false;
-  int64_t seen = 0;  // of the neighbour
+  int64_t seen = 0;  // how far the neighbour was when last looked at
   for (int64_t start = stripe.first; start <= stripe.last; start += kLanes) {
     const int64_t stop = std::min(start + kLanes - 1, stripe.last);
     const State* const above = frontier + stripe.above(start);
